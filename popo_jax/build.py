@@ -1,0 +1,108 @@
+"""Config + mesh -> model, optimizer, jitted train step, sampler, abstract state. No data, no tasks.
+
+The one place where training programs are jitted: `popo plan` and the benchmarks compile the very same functions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from popo_jax import sharding
+from popo_jax.config import Config, ModelConfig
+from popo_jax.models.decoder import Decoder
+from popo_jax.models.linear import resolve_linear
+from popo_jax.rl import update
+from popo_jax.rl.optim import make_tx
+from popo_jax.rl.state import Batch, Params, StepOut, TrainState
+from popo_jax.rl.supervised import supervised_step
+from popo_jax.sampling.sampler import Decoding, Sampler
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """The compiled side of a run."""
+
+    c: Config
+    mesh: Mesh
+    model: Decoder
+    tx: optax.GradientTransformation
+    eos_ids: tuple[int, ...]
+    abstract_state: TrainState
+    """ShapeDtypeStructs with shardings."""
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepOut]]
+    """Donates the state."""
+    score: Callable[[Params, jax.Array], jax.Array]
+    """(params, tokens [B, T]) -> log-probs [B, T] at the sampling temperature, for any B of the batch's row shards."""
+
+    def fresh_params(self, key: jax.Array) -> Params:
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state.params)
+        return jax.jit(self.model.init, out_shardings=shardings)(key)
+
+    def place_params(self, params: Params) -> Params:
+        """Host or device parameters onto the mesh."""
+        return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, self.abstract_state.params)
+
+    def state(self, params: Params) -> TrainState:
+        """A state at step 0 around placed `params`, which it takes over: the train step donates them."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        step = jax.device_put(jax.numpy.zeros((), jax.numpy.int32), shardings.step)
+        return TrainState(step, params, jax.jit(self.tx.init, out_shardings=shardings.opt_state)(params))
+
+    def sampler(self, *, samples: int, temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Sampler:
+        """For evaluation any samples and temperature; rows at once are those of training."""
+        s = self.c.sample
+        rows = s.max_rows if s.max_rows is not None else self.c.rows
+        c = Decoding(samples, temperature, top_k, top_p, s.max_prompt_tokens, s.max_response_tokens, s.chunk, rows, self.eos_ids)
+        return Sampler(self.model, c)
+
+    def rollout_sampler(self) -> Sampler:
+        s = self.c.sample
+        return self.sampler(samples=self.c.batch.group_size, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
+
+
+def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mesh: Mesh) -> Built:
+    """Everything compiled for one policy on one mesh; nothing is compiled yet."""
+    model = Decoder(resolve_linear(model_config, mesh.devices.flat[0].platform))
+    tx = make_tx(c.optim)
+    abstract = abstract_state(model, tx, mesh)
+    state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    rows = NamedSharding(mesh, sharding.BATCH)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    train_step = jax.jit(
+        functools.partial(update.train_step, model=model, tx=tx, c=c),
+        in_shardings=(state_shardings, rows),
+        out_shardings=(state_shardings, StepOut(replicated, rows)),  # type: ignore[arg-type]
+        donate_argnums=0,
+    )
+    return Built(c, mesh, model, tx, eos_ids, abstract, train_step, _scorer(c, model, state_shardings.params, rows))
+
+
+def supervised(model: Decoder, tx: optax.GradientTransformation) -> Callable[..., tuple[TrainState, jax.Array]]:
+    """The warm start's jitted step: (state, tokens, answer_mask, rate) -> (state, loss); donates the state."""
+    return jax.jit(functools.partial(supervised_step, model=model, tx=tx), donate_argnums=0)
+
+
+def abstract_state(model: Decoder, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a TrainState; computes nothing."""
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    opt_state = jax.eval_shape(tx.init, params)
+    specs = sharding.param_specs(params, dict(mesh.shape))
+    tree = TrainState(jax.ShapeDtypeStruct((), jax.numpy.int32), params, opt_state)
+    spec_tree = TrainState(PartitionSpec(), specs, sharding.like_params(opt_state, specs))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), tree, spec_tree)
+
+
+def _scorer(c: Config, model: Decoder, params: Any, rows: NamedSharding) -> Callable[[Params, jax.Array], jax.Array]:
+    @functools.partial(jax.jit, in_shardings=(params, rows), out_shardings=rows)
+    def score(params: Params, tokens: jax.Array) -> jax.Array:
+        n = 1 if c.batch.micro_batch is None else max(tokens.shape[0] // c.batch.micro_batch, 1)
+        return update.score(params, tokens, model=model, temperature=c.sample.temperature, parts=n)
+
+    return score

@@ -1,0 +1,239 @@
+"""popo train | sft | eval | export | inspect: parses, then calls one function. Imports nothing heavy before that."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from popo_jax import plain
+from popo_jax.config import Config, from_dict, resolve, unread, why_unread
+from popo_jax.types import UserError
+
+USAGE = """usage: popo COMMAND ...
+
+  popo train CONFIG [--key value ...]     train; --algorithm grpo, --seed 1, --loss.clip-low 0.1 and so on
+  popo train --resume RUN [--from-step N] go on with a run
+  popo sft CONFIG --out DIR               only the warm start
+  popo eval RUN [--k 1 8]                 greedy accuracy, avg@k and pass@k on held-out problems
+  popo export RUN --out DIR [--step N]    a folder that transformers opens
+  popo inspect RUN                        what a run and its checkpoints hold
+
+popo COMMAND --help lists the options; popo train CONFIG --help lists every setting."""
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Held-out accuracy of a run: greedy, and over several samples."""
+
+    run: tyro.conf.Positional[Path]
+    k: tuple[int, ...] = (1, 8)
+    """pass@k for each; the largest is the number of samples (avg@k)."""
+    temperature: float = 0.6
+    top_p: float = 1.0
+    problems: int | None = None
+    """None: as many as in training's evaluation."""
+    step: int | None = None
+    """None: the newest checkpoint."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """The policy of a run as a folder that transformers opens."""
+
+    run: tyro.conf.Positional[Path]
+    out: Path
+    step: int | None = None
+    """None: the newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class InspectArgs:
+    """What a run and its checkpoints hold."""
+
+    run: tyro.conf.Positional[Path]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done (or stopped and saved), 2 bad input told in one sentence."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands: Mapping[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "sft": _sft,
+        "eval": _eval,
+        "export": _export,
+        "inspect": _inspect,
+    }
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if args else 2
+    try:
+        if args[0] not in commands:
+            raise UserError(f"popo {args[0]}: no such command{plain.nearest(args[0], commands)}; popo --help lists them")
+        commands[args[0]](args[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full: {e.filename or e}; what was saved before is whole", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Nested plain data of a YAML file; a run's config.yaml without its fingerprints."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} must be a readable config file: {getattr(e, 'strerror', None) or e}") from e
+    except yaml.YAMLError as e:
+        raise UserError(f"{path} must be YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold settings as a mapping, got {type(data).__name__ if data is not None else 'nothing'}")
+    data.pop("fingerprints", None)
+    return data
+
+
+def parse_config(path: str | None, overrides: Sequence[str], say: Callable[[str], None]) -> Config:
+    """Defaults < preset < file < command line, checked. Keys the algorithm does not read: refused here, noticed in a file."""
+    data = {} if path is None else read_config(path)
+    given = _given_keys(overrides)
+    if "algorithm.name" in given:
+        section = data.get("algorithm")
+        data["algorithm"] = (section if isinstance(section, dict) else {}) | {"name": given["algorithm.name"]}
+    base = from_dict(data, path or "config")
+    known = plain.dotted(plain.to_plain(base))
+    for key in given:
+        if key not in known and not any(k.startswith(key + ".") for k in known):
+            raise UserError(f"command line: unknown key {key}{plain.nearest(key, known)}")
+    c = resolve(_apply(overrides, base))
+    dead = unread(c)
+    for key in given:
+        if why := why_unread(key, dead):
+            raise UserError(f"command line: {key} is not read: {why}")
+    ignored = [key for key in plain.dotted(data) if key != "algorithm" and why_unread(key, dead)]
+    if ignored:
+        say(f"Not read with algorithm {c.algorithm.name}: {', '.join(ignored)}")
+    return c
+
+
+def _apply(overrides: Sequence[str], base: Config) -> Config:
+    """Typed overrides through tyro; `--algorithm X` is `--algorithm.name X`."""
+    args = [_spell(a) for a in overrides]
+    return tyro.cli(Config, prog="popo train CONFIG", args=args, default=base, config=(tyro.conf.FlagConversionOff,))
+
+
+def _spell(arg: str) -> str:
+    name, eq, value = arg.partition("=")
+    return f"--algorithm.name{eq}{value}" if name == "--algorithm" else arg
+
+
+def _given_keys(overrides: Sequence[str]) -> dict[str, str]:
+    """Dotted key -> the text that follows it."""
+    keys = {}
+    for i, arg in enumerate(overrides):
+        if arg.startswith("--") and arg != "--help":
+            name, eq, value = _spell(arg)[2:].partition("=")
+            following = overrides[i + 1] if i + 1 < len(overrides) else ""
+            keys[name.replace("-", "_")] = value if eq else following
+    return keys
+
+
+def _train(args: list[str]) -> None:
+    path, resume, from_step, rest = _split(args)
+    from popo_jax.runtime.console import Console
+
+    console = Console()
+    if resume is None:
+        if path is None and "--help" not in rest and "-h" not in rest:
+            raise UserError("popo train: expected a config file or --resume RUN, got neither")
+        c = parse_config(path, rest, console.say)
+        launch = _start()
+        launch.new(c, console)
+        return
+    if path is not None:
+        raise UserError(f"popo train: --resume {resume} takes its config from the run; expected no config file, got {path}")
+    from popo_jax import run_dir
+
+    run = run_dir.open_existing(resume)
+    c = parse_config(str(run.path / "config.yaml"), rest, console.say)
+    _start().resume(c, run, from_step, console)
+
+
+def _split(args: list[str]) -> tuple[str | None, str | None, int | None, list[str]]:
+    """(config path, --resume, --from-step, everything else)."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="popo train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    parser.add_argument("--from-step", type=int)
+    path = args[0] if args and not args[0].startswith("-") else None
+    known, rest = parser.parse_known_args(args[1:] if path else args)
+    return path, known.resume, known.from_step, rest
+
+
+def _start() -> Any:
+    """jax's process-wide settings, then the module that launches runs."""
+    from popo_jax import launch
+    from popo_jax.runtime import mesh
+
+    mesh.start()
+    return launch
+
+
+def _sft(args: list[str]) -> None:
+    from popo_jax.runtime.console import Console
+
+    out = None
+    if "--out" in args and args.index("--out") + 1 < len(args):
+        i = args.index("--out")
+        out, args = Path(args[i + 1]), args[:i] + args[i + 2 :]
+    if out is None or not args or args[0].startswith("-"):
+        raise UserError("popo sft: expected CONFIG --out DIR")
+    if out.exists():
+        raise UserError(f"--out {out} must not exist yet")
+    console = Console()
+    c = parse_config(args[0], args[1:], console.say)
+    _start()
+    from popo_jax import sft
+    from popo_jax.runtime.mesh import make_mesh
+
+    sft.make(c, make_mesh(c.mesh), out, console.say)
+
+
+def _eval(args: list[str]) -> None:
+    a = tyro.cli(EvalArgs, prog="popo eval", args=args)
+    _start()
+    from popo_jax import evaluate
+
+    evaluate.command(a.run, k=a.k, temperature=a.temperature, top_p=a.top_p, problems=a.problems, step=a.step, seed=a.seed)
+
+
+def _export(args: list[str]) -> None:
+    a = tyro.cli(ExportArgs, prog="popo export", args=args)
+    _start()
+    from popo_jax import export
+
+    step = export.export(a.run, a.out, a.step)
+    print(f"Policy of {a.run} after step {step} written to {a.out}")
+
+
+def _inspect(args: list[str]) -> None:
+    a = tyro.cli(InspectArgs, prog="popo inspect", args=args)
+    _start()
+    from popo_jax import inspect
+
+    inspect.command(a.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

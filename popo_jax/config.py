@@ -1,0 +1,433 @@
+"""Every setting of a run: frozen typed dataclasses, checked; algorithm presets in one table.
+
+`from_dict` builds a Config from nested plain data and refuses unknown keys with the nearest name; `resolve` checks it
+and fills in what depends on other settings; `unread` names the keys the chosen algorithm does not read.
+None means off, or "the default that depends on other settings" where a field says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from popo_jax import plain
+from popo_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What an algorithm does with an ineffective slot, and how it weighs and clips."""
+
+    slots: Literal["keep", "mask", "resample", "replay"]
+    stores: Literal["nothing", "effective", "all"] = "nothing"
+    order: Literal["priority", "newest", "kl"] = "priority"
+    marked_fresh: bool = False
+    around: Literal["proximal", "behaviour"] = "proximal"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted settings the preset changes before the file and the command line do."""
+
+
+PRESETS: Mapping[str, Preset] = {
+    "grpo": Preset("keep"),
+    "grpo-filter": Preset("mask"),
+    "dapo": Preset("resample"),
+    "popo": Preset("replay", "effective"),
+    "popo-ineff": Preset("replay", "all", "newest"),
+    "popo-stale": Preset("replay", "effective", overrides={"replay.min_age": 10, "replay.max_age": 40}),
+    "popo-pi-old": Preset("replay", "effective", marked_fresh=True),
+    "popo-behav": Preset("replay", "effective", around="behaviour"),
+    "popo-kl": Preset("replay", "effective", "kl"),
+}
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    name: str = "popo"
+    """A preset: grpo, grpo-filter, dapo, popo, popo-ineff, popo-stale, popo-pi-old, popo-behav, popo-kl."""
+    advantages: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    effective_by: Literal["correct", "score"] = "correct"
+    """What must vary for a group to be effective; `score` for policies that do not know the format yet."""
+    max_rounds: int = 4
+    """dapo: sampling rounds per step, the first included."""
+    dead_steps: int = 10
+    """Steps in a row without one fresh effective group that stop the run."""
+
+    @property
+    def preset(self) -> Preset:
+        return PRESETS[self.name]
+
+
+@dataclass(frozen=True)
+class CountdownConfig:
+    """Generated Countdown problems: reach the target with + - * / from all the numbers, each used once."""
+
+    numbers: tuple[int, ...] = (3,)
+    """How many numbers a problem has, e.g. 3 4 for a mix."""
+    low: int = 1
+    high: int = 9
+    target_low: int = 1
+    target_high: int = 99
+    train_problems: int = 20000
+    eval_problems: int = 512
+    """Held out: their sorted numbers and target never occur in training."""
+    seed: int = 0
+    """Seed of the problems, apart from the run's, so that runs with different seeds share their problems."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    name: Literal["countdown"] = "countdown"
+    weight: float = 1.0
+    """Share of the prompts, relative to the other tasks."""
+    train_file: str | None = None
+    """JSONL or parquet of problems; None: generated."""
+    eval_file: str | None = None
+    countdown: CountdownConfig = CountdownConfig()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and precision of a decoder with Qwen2's architecture. With `policy.path` the shape comes from there."""
+
+    vocab_size: int | None = None
+    """None: the tokenizer's."""
+    layers: int = 3
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    mlp: int = 384
+    rope_theta: float = 10000.0
+    rms_eps: float = 1e-6
+    attention_bias: bool = True
+    tie_embeddings: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again: nothing, all but matrix products, whole blocks."""
+    linear: Literal["auto", "plain", "barrier"] = "auto"
+    """How the backward of a linear layer is scheduled; auto: barrier on CPU (same numbers, faster), else plain."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    path: str | None = None
+    """Folder of a Qwen2 checkpoint in Hugging Face's format; None: a fresh policy of shape `model`, warm-started."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    prompts: int = 32
+    """P, prompts per step."""
+    group_size: int = 8
+    """G, responses per prompt."""
+    mini_batches: int = 1
+    """Optimizer steps per batch; mini-batch m holds the slots s with s mod M == m."""
+    micro_batch: int | None = None
+    """Rows per gradient accumulation; None: a whole mini-batch at once."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    max_prompt_tokens: int = 32
+    max_response_tokens: int = 16
+    chunk: int = 16
+    """Tokens decoded between two looks at which rows have ended."""
+    max_rows: int | None = None
+    """Rows decoded at once; None: all. The rest follow in waves of whole groups; no draw changes by it."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = None
+    """Bound on r for negative advantages, above 1; None: off."""
+    aggregation: Literal["token", "sequence", "dr_grpo"] = "token"
+    kl_coef: float = 0.0
+    """Weight of the k3 divergence to the policy the run started from."""
+    entropy_coef: float = 0.0
+    overlong: Literal["keep", "mask"] = "keep"
+    """mask: responses cut by the limit stay in the baseline and lose their place in the loss."""
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    cap: float = 2.0
+    level: Literal["token", "sequence"] = "token"
+    correct_sampler: bool = False
+    """Take the sampler's own log-probs as the behaviour policy's, on fresh rows too."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    capacity: int | None = None
+    """Groups; None: 4 x prompts per step (64 x for popo-stale)."""
+    min_age: int = 1
+    """Updates since the group was sampled; at least 1."""
+    max_age: int = 8
+    max_uses: int = 4
+    """How often one group may be replayed."""
+    quality: Literal["uniform", "variance"] = "uniform"
+    """uniform: pure recency, as in the paper; variance: 4 p (1 - p) of the group's accuracy p."""
+    selection: Literal["top", "proportional"] = "top"
+    half_life: float = 4.0
+    """Updates in which priority halves; read with quality variance or selection proportional."""
+    candidates: int | None = None
+    """popo-kl: how many of the newest groups are scored; None: 4 x prompts per step."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: constant, or down to 0 at the last step."""
+    warmup_steps: int = 0
+    """Train steps over which the learning rate rises from 0; a step's mini-batches share one rate."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    """Global norm."""
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised warm start of a fresh policy on a generated teacher's answers."""
+
+    steps: int = 600
+    batch: int = 256
+    learning_rate: float = 2e-3
+    right: float = 0.33
+    """Share of the teacher's answers that are right; the others are well-formed and miss the target."""
+    seed: int = 0
+    """Apart from the run's, so that runs with different seeds start from one policy."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 10
+    problems: int = 512
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float = 1.0
+    samples: int = 1
+    """Responses per problem; more than one needs a temperature above 0."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 20
+    keep_last: int = 2
+    keep_best: int = 1
+    """How many of the best by eval/accuracy are kept besides."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int | None = None
+    """None: all devices that the other axes leave."""
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    steps: int = 100
+    run_dir: str | None = None
+    """A new directory; None: runs/<task>-<algorithm>-s<seed>, numbered if taken."""
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Besides metrics.jsonl."""
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    tasks: tuple[TaskConfig, ...] = (TaskConfig(),)
+    policy: PolicyConfig = PolicyConfig()
+    model: ModelConfig = ModelConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    batch: BatchConfig = BatchConfig()
+    sample: SampleConfig = SampleConfig()
+    loss: LossConfig = LossConfig()
+    weight: WeightConfig = WeightConfig()
+    replay: ReplayConfig = ReplayConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @property
+    def row_tokens(self) -> int:
+        """T: tokens of a row, prompt and response limits together."""
+        return self.sample.max_prompt_tokens + self.sample.max_response_tokens
+
+    @property
+    def rows(self) -> int:
+        """B = P * G."""
+        return self.batch.prompts * self.batch.group_size
+
+
+def from_dict(data: Mapping[str, Any], where: str = "config") -> Config:
+    """A Config from nested plain data (what YAML gives), preset applied under it, not yet resolved.
+
+    Errors: UserError for an unknown key (with the nearest name), a wrong type, an unknown algorithm.
+    """
+    data = dict(data)
+    if isinstance(data.get("algorithm"), str):
+        data["algorithm"] = {"name": data["algorithm"]}
+    name = (data.get("algorithm") or {}).get("name", AlgorithmConfig.name)
+    if name not in PRESETS:
+        raise UserError(f"{where}: algorithm must be one of {', '.join(PRESETS)}, got {name!r}{plain.nearest(name, PRESETS)}")
+    return plain.build(Config, plain.merge(plain.nest(PRESETS[name].overrides), data), where)
+
+
+def resolve(c: Config) -> Config:
+    """Check every setting and fill in those that depend on others. Errors: UserError, one sentence."""
+    P = c.batch.prompts
+    capacity = c.replay.capacity if c.replay.capacity is not None else (64 if c.algorithm.name == "popo-stale" else 4) * P
+    candidates = c.replay.candidates if c.replay.candidates is not None else 4 * P
+    c = dataclasses.replace(c, replay=dataclasses.replace(c.replay, capacity=capacity, candidates=candidates))
+    for key, value, test, expected in _ranges(c):
+        if not test:
+            raise UserError(f"{key} must {expected}, got {value}")
+    return c
+
+
+def unread(c: Config) -> dict[str, str]:
+    """Dotted keys (a section's name stands for all of it) that this run does not read, each with the reason."""
+    p, name = c.algorithm.preset, c.algorithm.name
+    keys: dict[str, str] = {}
+    if p.slots != "replay":
+        keys["replay"] = f"algorithm {name} has no replay"
+    if p.slots != "resample":
+        keys["algorithm.max_rounds"] = f"algorithm {name} samples once per step"
+    weighted = (p.slots == "replay" and not p.marked_fresh and p.around == "proximal") or c.weight.correct_sampler
+    if not weighted:
+        keys |= {f"weight.{k}": f"algorithm {name} has weight 1 everywhere" for k in ("cap", "level")}
+    if p.around == "behaviour":
+        keys["weight"] = f"algorithm {name} has weight 1 everywhere"
+    if p.order != "kl":
+        keys["replay.candidates"] = f"algorithm {name} does not score groups"
+    else:
+        keys |= {f"replay.{k}": "popo-kl orders by measured divergence" for k in ("quality", "selection", "half_life")}
+    if p.order == "newest":
+        keys |= {f"replay.{k}": f"algorithm {name} takes the newest group" for k in ("quality", "selection", "half_life")}
+    if c.replay.quality == "uniform" and c.replay.selection == "top":
+        keys.setdefault("replay.half_life", "pure recency orders by version alone")
+    if c.policy.path is not None:
+        keys["warm_start"] = "policy.path names a policy"
+        shape = (
+            "vocab_size",
+            "layers",
+            "width",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "mlp",
+            "rope_theta",
+            "rms_eps",
+            "attention_bias",
+            "tie_embeddings",
+        )
+        keys |= {f"model.{k}": "the shape comes from policy.path" for k in shape}
+    for i, task in enumerate(c.tasks):
+        if task.train_file and task.eval_file:
+            keys[f"tasks.{i}.countdown"] = "both files are given"
+    return keys
+
+
+def why_unread(key: str, unread_keys: Mapping[str, str]) -> str | None:
+    """The reason why dotted `key`, or the section it lies in, is not read; None if it is."""
+    return next((why for k, why in unread_keys.items() if key == k or key.startswith(k + ".")), None)
+
+
+def _ranges(c: Config) -> list[tuple[str, Any, bool, str]]:
+    """(key, value, holds, what it must) for every setting with a range."""
+    s, b, r, lo, o, p = c.sample, c.batch, c.replay, c.loss, c.optim, c.algorithm.preset
+    rows: list[tuple[str, Any, bool, str]] = []
+
+    def need(key: str, value: Any, test: bool, expected: str) -> None:
+        rows.append((key, value, bool(test), expected))
+
+    def at_least(least: float, **values: float | None) -> None:
+        for key, value in values.items():
+            key = key.replace("__", ".")
+            need(key, value, value is None or (math.isfinite(value) and value >= least), f"be at least {least}")
+
+    def positive(**values: float) -> None:
+        for key, value in values.items():
+            need(key.replace("__", "."), value, math.isfinite(value) and value > 0, "be above 0")
+
+    at_least(1, steps=c.steps, batch__prompts=b.prompts, batch__group_size=b.group_size, batch__mini_batches=b.mini_batches)
+    at_least(1, batch__micro_batch=b.micro_batch, sample__max_prompt_tokens=s.max_prompt_tokens, sample__chunk=s.chunk)
+    at_least(1, sample__max_response_tokens=s.max_response_tokens, sample__top_k=s.top_k, eval__every=c.eval.every)
+    at_least(1, eval__problems=c.eval.problems, eval__samples=c.eval.samples, checkpoint__every=c.checkpoint.every)
+    at_least(1, checkpoint__keep_last=c.checkpoint.keep_last, algorithm__max_rounds=c.algorithm.max_rounds)
+    at_least(1, algorithm__dead_steps=c.algorithm.dead_steps, replay__min_age=r.min_age, replay__max_uses=r.max_uses)
+    at_least(1, mesh__data=c.mesh.data, mesh__fsdp=c.mesh.fsdp, mesh__tensor=c.mesh.tensor, model__layers=c.model.layers)
+    at_least(1, model__width=c.model.width, model__heads=c.model.heads, model__kv_heads=c.model.kv_heads, model__mlp=c.model.mlp)
+    at_least(1, warm_start__steps=c.warm_start.steps, warm_start__batch=c.warm_start.batch, replay__candidates=r.candidates)
+    at_least(0, seed=c.seed, replay__capacity=r.capacity, loss__kl_coef=lo.kl_coef, loss__entropy_coef=lo.entropy_coef)
+    at_least(
+        0, optim__warmup_steps=o.warmup_steps, optim__weight_decay=o.weight_decay, checkpoint__keep_best=c.checkpoint.keep_best
+    )
+    at_least(0, eval__temperature=c.eval.temperature)
+    positive(sample__temperature=s.temperature, weight__cap=c.weight.cap, replay__half_life=r.half_life)
+    positive(optim__learning_rate=o.learning_rate, optim__grad_clip=o.grad_clip, optim__eps=o.eps)
+    positive(warm_start__learning_rate=c.warm_start.learning_rate)
+    for key, v in {"loss.clip_low": lo.clip_low, "optim.b1": o.b1, "optim.b2": o.b2}.items():
+        need(key, v, 0 < v < 1, "lie in (0, 1)")
+    need("loss.clip_high", lo.clip_high, 0 < lo.clip_high < math.inf, "be above 0")
+    need("warm_start.right", c.warm_start.right, 0 <= c.warm_start.right <= 1, "lie in [0, 1]")
+    need("loss.dual_clip", lo.dual_clip, lo.dual_clip is None or lo.dual_clip > 1, "be above 1, or null for off")
+    for key, v in {"sample.top_p": s.top_p, "eval.top_p": c.eval.top_p}.items():
+        need(key, v, 0 < v <= 1, "lie in (0, 1]")
+    need("eval.samples", c.eval.samples, c.eval.samples == 1 or c.eval.temperature > 0, "be 1 when eval.temperature is 0")
+    need(
+        "batch.group_size",
+        b.group_size,
+        b.group_size > 1,
+        f"be at least 2: {c.algorithm.advantages} advantages compare the responses of a group",
+    )
+    need("batch.mini_batches", b.mini_batches, b.prompts % b.mini_batches == 0, f"divide batch.prompts ({b.prompts})")
+    mini = b.prompts // b.mini_batches * b.group_size
+    need(
+        "batch.micro_batch",
+        b.micro_batch,
+        b.micro_batch is None or mini % b.micro_batch == 0,
+        f"divide the rows of a mini-batch ({mini})",
+    )
+    need(
+        "sample.max_rows",
+        s.max_rows,
+        s.max_rows is None or s.max_rows >= b.group_size,
+        f"hold a whole group ({b.group_size} rows)",
+    )
+    need(
+        "model.heads",
+        c.model.heads,
+        c.model.heads % max(c.model.kv_heads, 1) == 0,
+        f"be a multiple of model.kv_heads ({c.model.kv_heads})",
+    )
+    need("model.head_dim", c.model.head_dim, c.model.head_dim > 0 and c.model.head_dim % 2 == 0, "be even")
+    need("tasks", list(c.tasks), len(c.tasks) > 0, "name at least one task")
+    for i, t in enumerate(c.tasks):
+        need(f"tasks.{i}.weight", t.weight, math.isfinite(t.weight) and t.weight > 0, "be above 0")
+    need("tasks", [t.name for t in c.tasks], len({t.name for t in c.tasks}) == len(c.tasks), "name each task once")
+    if p.slots == "replay":
+        need("replay.max_age", r.max_age, r.max_age >= r.min_age, f"be at least replay.min_age ({r.min_age})")
+        for key, v, off in (("sample.top_p", s.top_p, 1.0), ("sample.top_k", s.top_k, None)):
+            need(
+                key,
+                v,
+                v == off,
+                f"be {'off' if off is None else off} with algorithm {c.algorithm.name}, which weighs by log-probs of the full distribution",
+            )
+    return rows

@@ -1,0 +1,109 @@
+"""Tokenizers: load, make, decode, save, fingerprint. Hugging Face fast tokenizers, without importing transformers.
+
+The character tokenizer is what a fresh tiny policy uses; a loaded policy brings its own `tokenizer.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tokenizers
+from etils import epath
+from tokenizers import decoders, models, pre_tokenizers
+
+from popo_jax.types import UserError
+
+PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    core: tokenizers.Tokenizer
+    eos_ids: tuple[int, ...]
+    """Any of these ends a response; the first is the one that training data ends with."""
+    pad_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.core.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [n], no special tokens added."""
+        return np.array(self.core.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(e.ids, np.int32) for e in self.core.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of sampled ids, special tokens left out."""
+        return self.core.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with anything that changes ids or where a response ends."""
+        identity = json.dumps([self.core.to_str(), self.eos_ids, self.pad_id])
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def save(self, folder: epath.PathLike) -> None:
+        """The files that transformers' AutoTokenizer opens."""
+        folder = epath.Path(folder)
+        token = self.core.id_to_token
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": token(self.eos_ids[0]),
+            "pad_token": token(self.pad_id),
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        (folder / "tokenizer.json").write_text(self.core.to_str(pretty=True))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def characters() -> Tokenizer:
+    """One token per printable ASCII character and newline; everything else is <unk>."""
+    tokens = [PAD, EOS, UNK, "\n", *map(chr, range(32, 127))]
+    core = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token=UNK))
+    core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([PAD, EOS, UNK])
+    return Tokenizer(core, (tokens.index(EOS),), tokens.index(PAD))
+
+
+def load(folder: epath.PathLike) -> Tokenizer:
+    """The tokenizer of a checkpoint folder. End tokens: generation_config.json, else config.json, else tokenizer_config.json.
+
+    Errors: UserError if a file is missing or broken, or no end token is named.
+    """
+    folder = epath.Path(folder)
+    path = folder / "tokenizer.json"
+    try:
+        core = tokenizers.Tokenizer.from_str(path.read_text())
+    except Exception as e:  # tokenizers raises bare Exception
+        raise UserError(f"{path} must be a fast tokenizer's file: {str(e).splitlines()[0]}") from e
+    settings = [_json(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
+    found = next((s["eos_token_id"] for s in settings if s.get("eos_token_id") is not None), None)
+    if found is None:
+        found = _token_id(core, settings[2].get("eos_token"))
+    if found is None:
+        raise UserError(f"{folder} names no end token in generation_config.json, config.json or tokenizer_config.json")
+    eos_ids = tuple(found) if isinstance(found, list) else (int(found),)
+    pad = _token_id(core, settings[2].get("pad_token"))
+    return Tokenizer(core, eos_ids, eos_ids[0] if pad is None else pad)
+
+
+def _json(path: epath.Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} must be JSON: {e}") from e
+    return data if isinstance(data, dict) else {}
+
+
+def _token_id(core: tokenizers.Tokenizer, token: object) -> int | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return core.token_to_id(text) if isinstance(text, str) else None

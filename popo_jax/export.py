@@ -1,0 +1,24 @@
+"""`popo export RUN --out DIR`: a folder that transformers opens."""
+
+from __future__ import annotations
+
+from etils import epath
+
+import popo_jax.policy as policies
+from popo_jax import restore
+from popo_jax.types import UserError
+
+
+def export(run: epath.PathLike, out: epath.PathLike, step: int | None) -> int:
+    """Write the policy of a run's newest checkpoint (or `step`'s) to `out`, whole or not at all. Returns the step."""
+    out = epath.Path(out)
+    if out.exists():
+        raise UserError(f"--out {out} must not exist yet")
+    restored = restore.restore(run, step)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial"
+    if partial.exists():
+        partial.rmtree()
+    policies.save(partial, restored.policy, restored.state.params)
+    partial.rename(out)
+    return restored.step

@@ -1,0 +1,61 @@
+"""What a step leaves behind: its row in metrics.jsonl, its graded responses, what was replayed, a line on the console."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from popo_jax.rl.rollout import Rollout, overall
+from popo_jax.run_dir import Progress, RunDir
+from popo_jax.runtime.console import Console
+from popo_jax.runtime.writers import Loggers
+from popo_jax.types import FillPlan, Group
+
+
+@dataclass(frozen=True, eq=False)
+class Journal:
+    run: RunDir
+    loggers: Loggers
+    console: Console
+
+    def row(self, row: dict[str, float]) -> None:
+        self.run.metrics.append(row)
+        self.loggers.log(int(row["step"]), row)
+        self.console.row(row)
+
+    def step(self, progress: Progress, rollout: Rollout, plan: FillPlan, measured: dict[str, float], seconds: float) -> None:
+        """Row n speaks of the state after n updates; samples and replays of step n are what update n was made from."""
+        n = progress.step
+        self.run.samples.write(n, samples(rollout))
+        self.run.replays.write(n, replays(plan))
+        totals = {"rollouts_total": progress.rollouts_total, "tokens_generated_total": progress.tokens_generated_total}
+        self.row({"step": n} | totals | overall(rollout.groups) | measured | {"time/step": seconds})
+
+
+def samples(rollout: Rollout) -> dict[str, list]:
+    """Columns of samples/NNNNNN.parquet: every graded response of a step."""
+    columns: dict[str, list] = {name: [] for name in _SAMPLE_COLUMNS}
+    for group, prompt in zip(rollout.groups, rollout.prompts, strict=True):
+        for row in range(len(group.lengths)):
+            values = (group.id, row, prompt.task, prompt.id, prompt.text, *_graded(group, row), group.signal)
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
+    return columns
+
+
+_SAMPLE_COLUMNS = (
+    *("group_id", "row", "task", "prompt_id", "prompt", "text", "score", "correct", "reason", "advantage"),
+    *("prompt_tokens", "response_tokens", "ended", "signal"),
+)
+
+
+def _graded(g: Group, row: int) -> tuple:
+    first = int(g.lengths[:row].sum())
+    response = int(g.sampled_mask[first : first + int(g.lengths[row])].sum())
+    verdict = (g.texts[row], float(g.score[row]), float(g.correct[row]), g.reasons[row], float(g.adv[row]))
+    return (*verdict, int(g.lengths[row]) - response, response, bool(g.ended[row]))
+
+
+def replays(plan: FillPlan) -> dict[str, list]:
+    """Columns of replays/NNNNNN.parquet: slot, group_id, age of what was replayed."""
+    slots = plan.replaced.nonzero()[0]
+    return {"slot": slots.tolist(), "group_id": plan.source[slots].tolist(), "age": plan.age[slots].tolist()}

@@ -1,0 +1,167 @@
+"""From a config or a run directory to a running loop: policy, problems, compiled parts, checkpoints, then `train.loop`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+import popo_jax.policy as policies
+from popo_jax import build, evaluate, plain, problems, run_dir, sft, train
+from popo_jax.build import Built
+from popo_jax.config import Config
+from popo_jax.data.stream import PromptStream
+from popo_jax.journal import Journal
+from popo_jax.models import hf
+from popo_jax.policy import Policy
+from popo_jax.replay.buffer import Buffer
+from popo_jax.rl.rollout import Collector, reference_scorer
+from popo_jax.rl.state import Params, TrainState
+from popo_jax.run_dir import Progress, RunDir
+from popo_jax.runtime.checkpoints import Checkpoints
+from popo_jax.runtime.clocks import Clock
+from popo_jax.runtime.console import Console
+from popo_jax.runtime.mesh import make_mesh
+from popo_jax.runtime.signals import stop_wish
+from popo_jax.runtime.writers import Loggers
+from popo_jax.tasks.pool import grade_all
+from popo_jax.types import Group, UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a run begins: fresh at step 0, or restored."""
+
+    state: TrainState
+    buffer: Buffer
+    progress: Progress
+
+
+def new(c: Config, console: Console) -> dict[str, Any]:
+    """`popo train CONFIG`: a new run directory, trained to the end. Returns the summary."""
+    run, mesh = run_dir.create(c), make_mesh(c.mesh)
+    console.say(f"Run directory: {run.path}")
+    folder = sft.starting_policy(c, mesh, console.say)
+    policy = policies.describe(folder, c)
+    policies.save(run.path / "policy", policy, None)
+    built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
+    params = built.place_params(hf.load(folder, policy.model))
+    assert c.replay.capacity is not None  # resolved
+    start = Start(built.state(params), Buffer(c.replay), Progress())
+    return _go(c, run, built, policy, start, _reference(c, built, folder, policy), console)
+
+
+def resume(c: Config, run: RunDir, step: int | None, console: Console) -> dict[str, Any]:
+    """`popo train --resume RUN`: from its newest whole checkpoint, or the one of `step`, to the end."""
+    mesh, policy = make_mesh(c.mesh), policies.describe(run.path / "policy", c)
+    built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
+    with _checkpoints(c, run) as checkpoints:
+        if not checkpoints.steps():
+            raise UserError(f"{run.path} holds no checkpoint yet; start it anew with: popo train {run.path / 'config.yaml'}")
+        step = checkpoints.steps()[-1] if step is None else step
+        where = f"checkpoint {run.path / 'checkpoints' / str(step)}"
+        prints = _fingerprints(policy, problems.load(c, policy.tokenizer))
+        progress = run_dir.check_meta(checkpoints.read_meta(step), c, prints, where)
+        state, arrays, _ = checkpoints.restore(step, built.abstract_state)
+    run.rewind(step)
+    console.say(f"Resuming {run.path} after step {step}")
+    start = Start(state, Buffer.from_arrays(c.replay, arrays), progress)
+    folder = sft.starting_policy(c, mesh, console.say) if c.loss.kl_coef else None
+    return _go(c, run, built, policy, start, _reference(c, built, folder, policy), console)
+
+
+def _go(
+    c: Config,
+    run: RunDir,
+    built: Built,
+    policy: Policy,
+    start: Start,
+    reference: Callable[[list[Group]], list[Group]] | None,
+    console: Console,
+) -> dict[str, Any]:
+    sources = problems.load(c, policy.tokenizer)
+    prints = _fingerprints(policy, sources)
+    run_dir.write_config(run, c, prints)
+    counts = {t.task: (len(t.problems), len(h.problems)) for t, h in zip(sources.train, sources.held_out, strict=True)}
+    console.banner(c, sum(x.size for x in jax.tree.leaves(built.abstract_state.params)), jax.devices(), counts)
+    clock, journal = Clock(), Journal(run, Loggers(c.loggers, run.path, plain.to_plain(c)), console)
+    stream, decode = PromptStream(sources.train, seed=c.seed), policy.tokenizer.decode
+    collect = Collector(c, built.rollout_sampler(), grade_all, decode, stream, reference, clock)
+    score = _evaluator(c, built, policy, sources, clock)
+    with stop_wish() as wish, _checkpoints(c, run) as checkpoints, console:
+
+        def save(state: TrainState, progress: Progress, accuracy: float | None) -> None:
+            with clock("checkpoint"):
+                meta = run_dir.meta(c, progress, prints)
+                checkpoints.save(progress.step, state=state, replay=start.buffer.arrays(), meta=meta, score=accuracy)
+
+        parts = train.Parts(c, built, collect, start.buffer, score, journal, clock, save, wish.is_set)
+        began = time.monotonic()
+        if start.progress.step == 0:
+            journal.row({"step": 0} | score(start.state.params, 0))
+        _, progress = train.loop(parts, start.state, start.progress)
+        checkpoints.wait()
+    return _finish(c, run, progress, time.monotonic() - began, console)
+
+
+def _finish(c: Config, run: RunDir, progress: Progress, seconds: float, console: Console) -> dict[str, Any]:
+    """summary.json, or the sentence that tells how to go on."""
+    if progress.step < c.steps:
+        console.say(f"Stopped and saved after step {progress.step}; go on with: popo train --resume {run.path}")
+    scores = [(r["step"], r["eval/accuracy"]) for r in run.metrics.rows() if r.get("eval/accuracy") is not None]
+    summary = {
+        "algorithm": c.algorithm.name,
+        "seed": c.seed,
+        "step": progress.step,
+        "finished": progress.step >= c.steps,
+        "rollouts_total": progress.rollouts_total,
+        "tokens_generated_total": progress.tokens_generated_total,
+        "eval/accuracy/first": scores[0][1],
+        "eval/accuracy/last_two": float(np.mean([s for _, s in scores[-2:]])),
+        "eval/accuracy/best": max(s for _, s in scores),
+        "seconds": seconds,
+        "code": run_dir.code_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+    (run.path / "summary.json").write_text(json.dumps(summary, indent=2))
+    console.summary(summary, run.path)
+    return summary
+
+
+def _checkpoints(c: Config, run: RunDir) -> Checkpoints:
+    return Checkpoints(run.path / "checkpoints", keep_last=c.checkpoint.keep_last, keep_best=c.checkpoint.keep_best)
+
+
+def _fingerprints(policy: Policy, sources: problems.Problems) -> dict[str, str]:
+    return problems.fingerprints(sources) | {"tokenizer": policy.tokenizer.fingerprint(), "code": run_dir.code_version()}
+
+
+def _evaluator(
+    c: Config, built: Built, policy: Policy, sources: problems.Problems, clock: Clock
+) -> Callable[[Params, int], dict[str, float]]:
+    prompts = evaluate.held_out(sources.held_out, c.eval.problems)
+    sampler = built.sampler(samples=c.eval.samples, temperature=c.eval.temperature, top_p=c.eval.top_p)
+
+    def score(params: Params, step: int) -> dict[str, float]:
+        jax.block_until_ready(params)
+        with clock("eval"):
+            return evaluate.accuracy(
+                evaluate.answer(params, prompts, sampler, policy.tokenizer.decode, seed=c.seed, version=step)
+            )
+
+    return score
+
+
+def _reference(c: Config, built: Built, folder: epath.Path | None, policy: Policy) -> Callable[[list[Group]], list[Group]] | None:
+    """Scores fresh groups under the policy the run started from, kept outside the train state."""
+    if not c.loss.kl_coef or folder is None:
+        return None
+    params = built.place_params(hf.load(folder, policy.model))
+    return reference_scorer(lambda tokens: built.score(params, tokens), c.row_tokens, c.rows)

@@ -1,0 +1,1 @@
+"""The policy: a decoder with Qwen2's architecture, and its checkpoints in Hugging Face's format."""

@@ -1,0 +1,48 @@
+"""A run's parameters without its loop: what eval and export start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import yaml
+from etils import epath
+
+import popo_jax.policy as policies
+from popo_jax import build, run_dir
+from popo_jax.build import Built
+from popo_jax.config import Config, from_dict, resolve
+from popo_jax.policy import Policy
+from popo_jax.rl.state import TrainState
+from popo_jax.runtime.checkpoints import Checkpoints
+from popo_jax.runtime.mesh import make_mesh
+from popo_jax.types import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Restored:
+    c: Config
+    policy: Policy
+    built: Built
+    state: TrainState
+    step: int
+
+
+def load_config(path: epath.PathLike) -> Config:
+    """The config of a run directory, resolved."""
+    data = yaml.safe_load(epath.Path(path).read_text())
+    data.pop("fingerprints", None)
+    return resolve(from_dict(data, str(path)))
+
+
+def restore(run: epath.PathLike, step: int | None) -> Restored:
+    """The newest committed checkpoint of a run, or the one of `step`, on this machine's devices."""
+    folder = run_dir.open_existing(run).path
+    c = load_config(folder / "config.yaml")
+    policy = policies.describe(folder / "policy", c)
+    built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=make_mesh(c.mesh))
+    with Checkpoints(folder / "checkpoints", keep_last=c.checkpoint.keep_last, keep_best=c.checkpoint.keep_best) as checkpoints:
+        if not checkpoints.steps():
+            raise UserError(f"{folder} holds no checkpoint yet")
+        step = checkpoints.steps()[-1] if step is None else step
+        state, _, _ = checkpoints.restore(step, built.abstract_state)
+    return Restored(c, policy, built, state, step)

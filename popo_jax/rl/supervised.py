@@ -1,0 +1,34 @@
+"""The warm start's step: cross-entropy on the teacher's answers. Pure, like the train step."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from popo_jax.models.decoder import Decoder
+from popo_jax.ops.logprobs import next_token_logprobs
+from popo_jax.ops.masked import masked_mean
+from popo_jax.rl.state import TrainState
+
+
+def supervised_step(
+    state: TrainState,
+    tokens: Int[Array, "B T"],
+    answer_mask: Bool[Array, "B T"],
+    rate: Float[Array, ""],
+    *,
+    model: Decoder,
+    tx: optax.GradientTransformation,
+) -> tuple[TrainState, Float[Array, ""]]:
+    """One AdamW step at learning rate `rate` on the mean negative log-prob of the answers' tokens; returns that mean."""
+
+    def loss_of(params: object) -> Float[Array, ""]:
+        logp = next_token_logprobs(model.logits(params, tokens), tokens, temperature=1.0)
+        return -masked_mean(logp, answer_mask)
+
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u, p: (-rate * u).astype(p.dtype), updates, state.params))
+    return TrainState(state.step + 1, params, opt_state), jnp.asarray(loss, jnp.float32)

@@ -1,0 +1,130 @@
+"""The run directory: what a run leaves on disk, how it is opened anew or resumed, and what a checkpoint must agree with.
+
+RUN/config.yaml  metrics.jsonl  samples/  replays/  checkpoints/N/  policy/  summary.json  discarded/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from etils import epath
+
+from popo_jax import plain
+from popo_jax.config import Config
+from popo_jax.runtime.writers import MetricsFile, ParquetFiles, new_run_dir
+from popo_jax.types import UserError
+
+FORMAT = 1
+"""Of a checkpoint's meta."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint holds besides state and buffer."""
+
+    step: int = 0
+    """Updates applied."""
+    position: int = 0
+    """Of the prompt stream: how many prompts were taken."""
+    rollouts_total: int = 0
+    tokens_generated_total: int = 0
+    dead_steps: int = 0
+    """Steps in a row without a fresh effective group."""
+    nonfinite_steps: int = 0
+    """Steps in a row that were not applied because loss or gradient was not finite."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunDir:
+    path: epath.Path
+    metrics: MetricsFile
+    samples: ParquetFiles
+    replays: ParquetFiles
+
+    @classmethod
+    def at(cls, path: epath.PathLike) -> RunDir:
+        path = epath.Path(path)
+        return cls(path, MetricsFile(path / "metrics.jsonl"), ParquetFiles(path / "samples"), ParquetFiles(path / "replays"))
+
+    def rewind(self, step: int) -> None:
+        """Rows and files beyond `step` move to discarded/."""
+        for writer in (self.metrics, self.samples, self.replays):
+            writer.rewind(step, self.path / "discarded")
+
+
+def create(c: Config) -> RunDir:
+    """A new directory: `run_dir`, or runs/<tasks>-<algorithm>-s<seed> with a number if that is taken."""
+    if c.run_dir is not None:
+        return RunDir.at(new_run_dir(c.run_dir))
+    base = epath.Path("runs") / f"{'+'.join(t.name for t in c.tasks)}-{c.algorithm.name}-s{c.seed}"
+    path, n = base, 1
+    while path.exists():
+        n += 1
+        path = base.parent / f"{base.name}-{n}"
+    return RunDir.at(new_run_dir(path))
+
+
+def write_config(run: RunDir, c: Config, fingerprints: Mapping[str, str]) -> None:
+    """The resolved config; repeating it makes a new directory, so its own is left out."""
+    data = {"fingerprints": dict(fingerprints)} | plain.to_plain(dataclasses.replace(c, run_dir=None))
+    (run.path / "config.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+
+
+def code_version() -> str:
+    return importlib.metadata.version("popo-jax")
+
+
+def meta(c: Config, progress: Progress, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {
+        "format": FORMAT,
+        "progress": dataclasses.asdict(progress),
+        "fingerprints": dict(fingerprints),
+        "settings": _settings(c),
+    }
+
+
+def _settings(c: Config) -> dict[str, Any]:
+    s = c.sample
+    return {
+        "algorithm.advantages": c.algorithm.advantages,
+        "sample.temperature": s.temperature,
+        "batch.group_size": c.batch.group_size,
+        "sample.max_prompt_tokens": s.max_prompt_tokens,
+        "sample.max_response_tokens": s.max_response_tokens,
+        "replay.capacity": c.replay.capacity,
+    }
+
+
+def check_meta(saved: Mapping[str, Any], c: Config, fingerprints: Mapping[str, str], where: str) -> Progress:
+    """The progress in a checkpoint's meta. Errors: UserError if it belongs to another tokenizer, template, reward,
+    advantage, temperature or group size, or was made under higher limits."""
+    if saved.get("format") != FORMAT:
+        raise UserError(f"{where} must have checkpoint format {FORMAT}, got {saved.get('format')}")
+    for name in ("tokenizer", "template", "reward"):
+        was, now = saved["fingerprints"].get(name), fingerprints[name]
+        if was != now:
+            raise UserError(f"{where} was written with another {name}: expected fingerprint {now}, got {was}")
+    for key, now in _settings(c).items():
+        was = saved["settings"][key]
+        limit = key.startswith(("sample.max", "replay"))
+        if (now < was) if limit else (now != was):
+            raise UserError(
+                f"{where} was written with {key} {was}, which must {'not be lowered' if limit else 'stay'}, got {now}"
+            )
+    return Progress(**saved["progress"])
+
+
+def open_existing(path: epath.PathLike) -> RunDir:
+    """Errors: UserError if `path` is not a run directory."""
+    path = epath.Path(path)
+    if not (path / "config.yaml").exists():
+        raise UserError(
+            f"{path} must be a run directory (a folder with config.yaml), got {'another folder' if path.exists() else 'nothing there'}"
+        )
+    return RunDir.at(path)

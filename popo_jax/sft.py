@@ -1,0 +1,114 @@
+"""`popo sft`: a fresh policy learns the response format from a generated teacher, right in a minority of its answers.
+
+`popo train` calls it by itself when its config names no policy, and keeps the result for the next run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+import popo_jax.policy as policies
+from popo_jax import build, plain, problems
+from popo_jax.config import Config, OptimConfig
+from popo_jax.data import stream
+from popo_jax.data.tokenizer import characters
+from popo_jax.policy import Policy
+from popo_jax.rl.optim import make_tx
+from popo_jax.rl.state import Params, Purpose, TrainState, key_for
+from popo_jax.runtime.mesh import cache_dir
+from popo_jax.sharding import BATCH
+from popo_jax.runtime import mesh as meshes
+from popo_jax.tasks import get_task
+
+REPORTS = 5
+"""How often a warm start says where it is."""
+FORMAT = 1
+"""Raise it when the same settings should give another warm start."""
+
+
+def starting_policy(c: Config, mesh: Mesh, say: Callable[[str], None]) -> epath.Path:
+    """Folder of the policy the run starts from; made now if the config names none and the cache has none."""
+    if c.policy.path is not None:
+        return epath.Path(c.policy.path)
+    fresh = fresh_policy(c)
+    folder = cache_dir() / "warm_start" / cache_key(c, fresh)
+    if (folder / "config.json").exists():
+        say(f"The config names no policy: starting from the warm start kept in {folder}")
+        return folder
+    say("The config names no policy: teaching a fresh one the format first (kept for the next run)")
+    make(c, mesh, folder, say)
+    return folder
+
+
+def make(c: Config, mesh: Mesh, folder: epath.PathLike, say: Callable[[str], None]) -> None:
+    """Warm-start a fresh policy and write it to `folder`, whole or not at all."""
+    folder, policy = epath.Path(folder), fresh_policy(c)
+    params = warm_start(c, policy, mesh, say)
+    partial = folder.parent / f".{folder.name}.partial"
+    if partial.exists():
+        partial.rmtree()
+    policies.save(partial, policy, params)
+    partial.rename(folder)
+    say(f"Warm start written to {folder}")
+
+
+def fresh_policy(c: Config) -> Policy:
+    tokenizer = characters()
+    size = tokenizer.vocab_size if c.model.vocab_size is None else c.model.vocab_size
+    return Policy(replace(c.model, vocab_size=size), tokenizer)
+
+
+def cache_key(c: Config, fresh: Policy) -> str:
+    """Hash of model, tokenizer, tasks, limits and warm-start settings (its seed among them)."""
+    parts: Sequence[Any] = (c.model, c.tasks, c.warm_start, c.row_tokens)
+    prints = problems.fingerprints(problems.load(c, fresh.tokenizer))
+    identity = [FORMAT, fresh.tokenizer.fingerprint(), prints, *[plain.to_plain(p) for p in parts]]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def warm_start(c: Config, policy: Policy, mesh: Mesh, say: Callable[[str], None]) -> Params:
+    """Parameters after `warm_start.steps` of supervised learning."""
+    w = c.warm_start
+    built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
+    params = built.fresh_params(key_for(w.seed, Purpose.INIT, 0))
+    tx = make_tx(OptimConfig(weight_decay=0.01))
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    step = build.supervised(built.model, tx)
+    examples = Examples(c, policy)
+    batches = iter(stream.supervised(examples, policy.tokenizer, batch=w.batch, T=c.row_tokens, seed=w.seed))
+    rate = optax.warmup_cosine_decay_schedule(0.0, w.learning_rate, min(20, w.steps), w.steps, w.learning_rate / 10)
+    for i in range(w.steps):
+        batch = meshes.place(next(batches), mesh, BATCH)
+        state, loss = step(state, batch["tokens"], batch["answer_mask"], np.float32(rate(i)))
+        if (i + 1) % max(w.steps // REPORTS, 1) == 0:
+            say(f"  warm start {i + 1}/{w.steps}: loss {float(loss):.3f}")
+    return state.params
+
+
+class Examples:
+    """Teacher's examples by index, each drawn anew: (prompt, answer)."""
+
+    def __init__(self, c: Config, policy: Policy):
+        self._w = c.warm_start
+        self._sources = problems.load(c, policy.tokenizer).train
+        weights = np.array([s.weight for s in self._sources])
+        self._shares = weights / weights.sum()
+
+    def __len__(self) -> int:
+        return self._w.steps * self._w.batch
+
+    def __getitem__(self, i: int) -> tuple[str, str]:
+        rng = np.random.default_rng([self._w.seed, i])
+        source = self._sources[rng.choice(len(self._sources), p=self._shares)] if len(self._sources) > 1 else self._sources[0]
+        problem: Mapping[str, Any] = source.problems[int(rng.integers(len(source.problems)))]
+        return source.text(problem), get_task(source.task).teacher_answer(problem, rng, right=self._w.right)

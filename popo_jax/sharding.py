@@ -1,0 +1,91 @@
+"""How weights and rows are split over a mesh: logical axes, declared once per weight, and one mapping to mesh axes.
+
+Knows no device: sizes of mesh axes come as a mapping, results are trees of PartitionSpec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+BATCH = PartitionSpec(("data", "fsdp"))
+"""Rows of a batch."""
+
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv": "tensor",
+    "mlp": "tensor",
+    "norm": None,
+}
+"""Logical axis -> mesh axis."""
+
+AXES: Mapping[str, tuple[str, ...]] = {
+    "embed/embedding": ("vocab", "embed"),
+    "layers/attn_norm/scale": ("layers", "norm"),
+    "layers/attn/q/kernel": ("layers", "embed", "heads"),
+    "layers/attn/q/bias": ("layers", "heads"),
+    "layers/attn/k/kernel": ("layers", "embed", "kv"),
+    "layers/attn/k/bias": ("layers", "kv"),
+    "layers/attn/v/kernel": ("layers", "embed", "kv"),
+    "layers/attn/v/bias": ("layers", "kv"),
+    "layers/attn/o/kernel": ("layers", "heads", "embed"),
+    "layers/mlp_norm/scale": ("layers", "norm"),
+    "layers/mlp/gate/kernel": ("layers", "embed", "mlp"),
+    "layers/mlp/up/kernel": ("layers", "embed", "mlp"),
+    "layers/mlp/down/kernel": ("layers", "mlp", "embed"),
+    "norm/scale": ("norm",),
+    "head/kernel": ("embed", "vocab"),
+}
+"""Path in the parameters -> logical axis of each of the weight's axes."""
+
+
+def param_specs(params: Any, mesh_sizes: Mapping[str, int] | None = None, rules: Mapping[str, Any] = RULES) -> Any:
+    """A PartitionSpec, one entry per axis, for every weight of a tree of arrays or ShapeDtypeStructs.
+
+    mesh_sizes: devices along each mesh axis; an axis they do not divide is left whole. Errors: ValueError for an
+    undeclared weight or another number of axes.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, x: _spec(_spell(path), x.shape, mesh_sizes, rules), params)
+
+
+def like_params(tree: Any, specs: Any) -> Any:
+    """Specs for a tree that repeats the parameters' paths inside (an optimizer's moments): each leaf gets the spec of
+    the parameter whose path its own ends with, if it has as many axes; the others (counters) are replicated."""
+    known = {_spell(path): spec for path, spec in jax.tree_util.tree_flatten_with_path(specs, is_leaf=_is_spec)[0]}
+
+    def of(path: jax.tree_util.KeyPath, x: Any) -> PartitionSpec:
+        parts = _spell(path).split("/")
+        names = ("/".join(parts[i:]) for i in range(len(parts)))
+        return next((known[n] for n in names if n in known and len(known[n]) == len(x.shape)), PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def _spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int] | None, rules: Mapping[str, Any]) -> PartitionSpec:
+    axes = AXES.get(path, ())
+    if len(axes) != len(shape):
+        raise ValueError(f"sharding: {path} of shape {shape} has no logical axes declared, expected {axes or 'a path in AXES'}")
+
+    def split(size: int, axis: str) -> Any:
+        onto = rules[axis]
+        over = 1
+        for name in (onto,) if isinstance(onto, str) else onto or ():
+            over *= 1 if sizes is None else sizes.get(name, 1)
+        return onto if size % over == 0 else None
+
+    return PartitionSpec(*(split(*pair) for pair in zip(shape, axes, strict=True)))
+
+
+def _spell(path: jax.tree_util.KeyPath) -> str:
+    """a/0/b of dict keys, attributes and positions."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)

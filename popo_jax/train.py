@@ -1,0 +1,151 @@
+"""`popo train`: the loop. One step is: sample, grade, fill, assemble, update, store; the box of the paper in that order.
+
+In time: train_step(k) is dispatched, sampling for k + 1 starts in a worker thread, then StepOut(k) is read, stored and
+logged. Checkpoint k holds the parameters after update k, the buffer after store(k), and the data position of step k + 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+
+from popo_jax import evaluate, journal
+from popo_jax.build import Built
+from popo_jax.config import Config
+from popo_jax.data.assemble import assemble
+from popo_jax.replay.buffer import Buffer
+from popo_jax.replay.fill import candidates, fill, to_store
+from popo_jax.rl.rollout import Collector, Rollout, divergences, lay_out
+from popo_jax.rl.state import Batch, Params, StepOut, TrainState
+from popo_jax.run_dir import Progress
+from popo_jax.runtime.clocks import Clock
+from popo_jax.runtime.mesh import fetch, place
+from popo_jax.sharding import BATCH
+from popo_jax.types import FillPlan, Group, UserError
+
+NONFINITE_LIMIT = 3
+"""Steps in a row without a finite loss and gradient that stop the run."""
+MISMATCH_LIMIT = {"float32": 1e-4, "bfloat16": 3e-2}
+"""Mean |sampler's log-prob - trainer's| over a first step's fresh tokens beyond which a run is refused."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What the loop works with; assembled in `launch`."""
+
+    c: Config
+    built: Built
+    collect: Collector
+    buffer: Buffer
+    evaluate: Callable[[Params, int], dict[str, float]]
+    journal: journal.Journal
+    clock: Clock
+    save: Callable[[TrainState, Progress, float | None], None]
+    stopping: Callable[[], bool]
+
+
+def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
+    """Train from `progress` to the last step, or to the end of the step in which a stop is wished for."""
+    c, first = parts.c, progress.step
+    with ThreadPoolExecutor(1, "rollout") as worker:
+        pending = worker.submit(parts.collect, state.params, progress.step, progress.position)
+        stop = parts.stopping()
+        while progress.step < c.steps and not stop:
+            began = time.monotonic()
+            rollout: Rollout = pending.result()
+            plan, batch = fill_batch(parts, rollout, state.params, progress.step)
+            with parts.clock("update"):
+                state, out = parts.built.train_step(state, batch)
+            step = progress.step + 1
+            scores = parts.evaluate(state.params, step) if step % c.eval.every == 0 or step == c.steps else {}
+            if step < c.steps:
+                pending = worker.submit(parts.collect, state.params, step, rollout.position)
+            with parts.clock("update"):
+                metrics = {k: float(v) for k, v in fetch(out.metrics).items()}
+            progress = advance(progress, rollout, metrics, c)
+            check_step(metrics, progress, c, first=progress.step == first + 1)
+            replayed = store(parts, rollout, plan, out, progress.step)
+            parts.journal.step(
+                progress, rollout, plan, replayed | metrics | scores | parts.clock.take(), time.monotonic() - began
+            )
+            stop = parts.stopping()
+            if step % c.checkpoint.every == 0 or step == c.steps or stop:
+                parts.save(state, progress, scores.get("eval/accuracy"))
+    return state, progress
+
+
+def fill_batch(parts: Parts, rollout: Rollout, params: Params, step: int) -> tuple[FillPlan, Batch]:
+    """Decide what every slot trains on, and lay it out on the devices."""
+    c, buffer, preset = parts.c, parts.buffer, parts.c.algorithm.preset
+    scores = score_candidates(parts, params, step) if preset.order == "kl" else None
+    with parts.clock("replay"):
+        plan = fill(buffer, rollout.slots, version=step, preset=preset, seed=c.seed, step=step, divergence=scores)
+        rows = assemble(rollout.slots, plan, buffer, T=c.row_tokens, marked_fresh=preset.marked_fresh)
+        return plan, place(Batch(**rows), parts.built.mesh, BATCH)
+
+
+def score_candidates(parts: Parts, params: Params, step: int) -> dict[int, float]:
+    """popo-kl: divergence of the newest stored groups from the current policy, by one program of fixed shape."""
+    c = parts.c
+    assert c.replay.candidates is not None  # resolved
+    groups = candidates(parts.buffer, version=step, n=c.replay.candidates)
+    if not groups:
+        return {}
+    rows = c.replay.candidates * c.batch.group_size
+    logp = fetch(parts.built.score(params, lay_out(groups, c.row_tokens, rows)))
+    return divergences(groups, logp)
+
+
+def store(parts: Parts, rollout: Rollout, plan: FillPlan, out: StepOut, version: int) -> dict[str, float]:
+    """Put what this step trained on into the buffer; returns the replay metrics."""
+    with parts.clock("replay"):
+        logp_start = fetch(out.logp_start)
+        keep = to_store(rollout.slots, parts.c.algorithm.preset)
+        refused = parts.buffer.store([rollout.slots[s] for s in keep], logp_start, slots=keep, version=version)
+    ages = plan.age[plan.replaced]
+    return {
+        "replay/filled": float(plan.replaced.sum()),
+        "replay/unfilled": float((~plan.counted).sum()),
+        "replay/size": float(len(parts.buffer)),
+        "replay/refused": float(refused),
+        "replay/age_mean": float(ages.mean()) if len(ages) else float("nan"),
+        "replay/age_max": float(ages.max()) if len(ages) else float("nan"),
+    }
+
+
+def advance(progress: Progress, rollout: Rollout, metrics: dict[str, float], c: Config) -> Progress:
+    """Counters after one more step."""
+    tokens = sum(int(g.sampled_mask.sum()) for g in rollout.groups)
+    return dataclasses.replace(
+        progress,
+        step=progress.step + 1,
+        position=rollout.position,
+        rollouts_total=progress.rollouts_total + sum(len(g.lengths) for g in rollout.groups),
+        tokens_generated_total=progress.tokens_generated_total + tokens,
+        dead_steps=0 if any(g.effective for g in rollout.groups) else progress.dead_steps + 1,
+        nonfinite_steps=progress.nonfinite_steps + 1 if metrics["update/nonfinite"] else 0,
+    )
+
+
+def check_step(metrics: dict[str, float], progress: Progress, c: Config, *, first: bool) -> None:
+    """Errors: UserError when the run cannot go on: sampler and trainer disagree, no signal, no finite loss."""
+    limit = MISMATCH_LIMIT[c.model.dtype]
+    if first and not metrics["mismatch/mean"] <= limit:
+        raise UserError(
+            f"step {progress.step}: sampler and trainer must agree on log-probs within {limit} on average ({c.model.dtype}), "
+            f"got {metrics['mismatch/mean']:.3g}"
+        )
+    if progress.dead_steps >= c.algorithm.dead_steps:
+        raise UserError(
+            f"step {progress.step}: {progress.dead_steps} steps in a row without one effective group, which looks like a dead "
+            f"verifier or a task far too hard or easy; read samples/ of the last steps"
+        )
+    if progress.nonfinite_steps >= NONFINITE_LIMIT:
+        raise UserError(
+            f"step {progress.step}: loss or gradient was not finite in {progress.nonfinite_steps} steps in a row; none was applied"
+        )

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from popo_jax.config import ModelConfig
+from popo_jax.models.decoder import Decoder
+from popo_jax.sharding import BATCH, like_params, param_specs
+
+C = ModelConfig(vocab_size=30, layers=2, width=24, heads=6, kv_heads=3, head_dim=8, mlp=40, tie_embeddings=False, linear="plain")
+
+
+def abstract(**changes):
+    return jax.eval_shape(Decoder(dataclasses.replace(C, **changes)).init, jax.random.key(0))
+
+
+def test_every_weight_is_split_as_its_logical_axes_say():
+    specs = param_specs(abstract())
+    assert specs == {
+        "embed": {"embedding": P("tensor", "fsdp")},
+        "layers": {
+            "attn_norm": {"scale": P(None, None)},
+            "attn": {
+                "q": {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")},
+                "k": {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")},
+                "v": {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")},
+                "o": {"kernel": P(None, "tensor", "fsdp")},
+            },
+            "mlp_norm": {"scale": P(None, None)},
+            "mlp": {
+                "gate": {"kernel": P(None, "fsdp", "tensor")},
+                "up": {"kernel": P(None, "fsdp", "tensor")},
+                "down": {"kernel": P(None, "tensor", "fsdp")},
+            },
+        },
+        "norm": {"scale": P(None)},
+        "head": {"kernel": P("fsdp", "tensor")},
+    }
+    assert P(("data", "fsdp")) == BATCH
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    specs = param_specs(abstract(), {"data": 2, "fsdp": 5, "tensor": 4})
+    assert specs["embed"]["embedding"] == P(None, None)  # 30 / 4, 24 / 5
+    assert specs["layers"]["mlp"]["down"]["kernel"] == P(None, "tensor", None)  # 40 / 4, 24 / 5
+
+
+def test_rules_may_name_several_mesh_axes():
+    rules = {"vocab": ("fsdp", "tensor"), "embed": None}
+    tree = {"embed": {"embedding": jnp.zeros((30, 24))}}
+    assert param_specs(tree, {"fsdp": 3, "tensor": 5}, rules)["embed"]["embedding"] == P(("fsdp", "tensor"), None)
+    assert param_specs(tree, {"fsdp": 3, "tensor": 4}, rules)["embed"]["embedding"] == P(None, None)
+
+
+def test_an_undeclared_weight_is_refused():
+    with pytest.raises(ValueError, match="layers/attn/q/lora"):
+        param_specs({"layers": {"attn": {"q": {"lora": jnp.zeros((2, 3))}}}})
+    with pytest.raises(ValueError, match="norm/scale"):
+        param_specs({"norm": {"scale": jnp.zeros((2, 3))}})
+
+
+class Moments(NamedTuple):
+    count: jax.Array
+    mu: dict
+    factored: dict
+
+
+def test_optimizer_state_follows_its_parameters():
+    params = abstract()
+    specs = param_specs(params)
+    state = jax.eval_shape(optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()).init, params)
+    got = like_params(state, specs)
+    assert got[1].mu == got[1].nu == specs
+    assert got[1].count == P()
+
+
+def test_a_leaf_with_other_axes_is_replicated():
+    specs = param_specs(abstract())
+    tree = Moments(jnp.zeros(()), {"norm": {"scale": jnp.zeros(24)}}, {"head": {"kernel": jnp.zeros(24)}})
+    assert like_params(tree, specs) == Moments(P(), {"norm": {"scale": P(None)}}, {"head": {"kernel": P()}})
+
+
+PROGRAM = """
+import dataclasses, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding
+from popo_jax.config import ModelConfig
+from popo_jax.models.decoder import Decoder
+from popo_jax.sharding import BATCH, param_specs
+assert jax.device_count() == 8
+mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+model = Decoder(ModelConfig(vocab_size=32, layers=2, width=24, heads=4, kv_heads=2, head_dim=8, mlp=40, linear="barrier"))
+params = jax.jit(model.init)(jax.random.key(0))
+params = jax.tree.map(lambda x: x * 5, params)
+tokens = jax.random.randint(jax.random.key(1), (8, 9), 0, 32)
+step = jax.jit(jax.value_and_grad(lambda p, t: jnp.square(model.logits(p, t)).mean()))
+alone = step(params, tokens)
+place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+split = jax.tree.map(place, params, param_specs(params, dict(mesh.shape)))
+assert split["layers"]["attn"]["q"]["kernel"].addressable_shards[0].data.shape == (2, 12, 16)
+together = step(split, place(tokens, BATCH))
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=2e-5), alone, together)
+weights = jax.jit(model.for_decode)(split)
+start = jnp.zeros(8, jnp.int32)
+logits, cache = jax.jit(model.prefill, static_argnums=3)(weights, place(tokens[:, :8], BATCH), start, 10)
+logits, cache = jax.jit(model.decode)(weights, cache, tokens[:, 8], jnp.int32(8), start)
+np.testing.assert_allclose(logits, model.logits(params, tokens)[:, -1], atol=1e-5)
+"""
+
+
+def test_eight_devices_compute_what_one_does():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

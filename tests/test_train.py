@@ -1,0 +1,284 @@
+"""The loop itself: replay through the real trainer, identities between presets, counters, stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from popo_jax import train
+from popo_jax.rl.state import Batch
+from popo_jax.types import UserError, Verdict
+from tests import tiny
+
+MIXED = ["mixed"] * 4
+TABLE = ["mixed", "all right", "mixed", "all wrong"]
+
+
+def rows(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def spied(parts: train.Parts) -> tuple[train.Parts, list]:
+    """The parts with every (state before, batch, out) of the train step recorded as numpy."""
+    seen, real = [], parts.built.train_step
+
+    def step(state, batch):
+        before = jax.tree.map(np.asarray, (state, batch))
+        after, out = real(state, batch)
+        seen.append((*before, jax.tree.map(np.asarray, out)))
+        return after, out
+
+    return dataclasses.replace(parts, built=dataclasses.replace(parts.built, train_step=step)), seen
+
+
+def go(path, c, grade):
+    path.mkdir(parents=True, exist_ok=True)
+    parts, seen = spied(tiny.parts(path, c, grade=grade))
+    state, _ = train.loop(parts, tiny.state(parts.built), tiny.Progress())
+    return state, seen, parts
+
+
+def same(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)))
+
+
+@pytest.mark.parametrize("M", [1, 2])
+def test_exactly_the_ineffective_slots_are_replaced_by_whole_stored_groups(tmp_path, M):
+    c = tiny.config(steps=2, batch__mini_batches=M)
+    _, seen, parts = go(tmp_path, c, tiny.by_pattern([MIXED, TABLE]))
+    (_, first, out0), (before, batch, out1) = seen
+    G = c.batch.group_size
+    slot = [slice(s * G, (s + 1) * G) for s in range(4)]
+    np.testing.assert_array_equal(batch.fresh.reshape(4, G).all(axis=1), [True, False, True, False])
+    np.testing.assert_array_equal(batch.fresh.reshape(4, G).any(axis=1), [True, False, True, False])
+    # the newest stored groups in slot order: those of slots 0 and 1 of the step before, every field from one of them
+    for replaced, source in ((1, 0), (3, 1)):
+        for name in ("tokens", "sampled_mask", "token_mask", "logp_sampler", "adv"):
+            np.testing.assert_array_equal(getattr(batch, name)[slot[replaced]], getattr(first, name)[slot[source]], err_msg=name)
+        np.testing.assert_array_equal(batch.version[slot[replaced]], 0)
+        np.testing.assert_array_equal(batch.logp_behav[slot[replaced]], out0.logp_start[slot[source]])
+    # fresh slots keep their own rows
+    assert (batch.version[slot[0]] == 1).all() and not np.array_equal(batch.tokens[slot[0]], first.tokens[slot[0]])
+    # weights are not 1, ratios in the first mini-batch are
+    mask = batch.token_mask & ~batch.fresh[:, None]
+    w = np.exp(out1.logp_start - batch.logp_behav)[mask]
+    assert np.abs(w - 1).max() > 1e-3
+    assert float(out1.metrics["weight/max"]) == pytest.approx(w.max(), rel=1e-4)
+    now = np.asarray(parts.built.score(jax.tree.map(np.asarray, before.params), batch.tokens))
+    np.testing.assert_allclose(out1.logp_start[mask], now[mask], atol=1e-6)
+    if M == 1:
+        assert float(out1.metrics["clip/low_replayed"]) == float(out1.metrics["clip/high_replayed"]) == 0
+    # and the buffer kept the stored log-probs as they were, although the groups were used again
+    for group, source in zip(list(parts.buffer)[:2], (0, 1), strict=True):
+        cut = np.arange(c.row_tokens) < group.lengths[:, None]
+        np.testing.assert_array_equal(group.logp_behav, out0.logp_start[slot[source]][cut])
+        assert parts.buffer.uses(group.id) == 1
+    row = rows(tmp_path)[-1]
+    assert (row["replay/filled"], row["replay/unfilled"], row["replay/age_max"]) == (2, 0, 1)
+    assert (row["groups/effective"], row["groups/all_right"], row["groups/all_wrong"]) == (0.5, 0.25, 0.25)
+    replayed = pq.read_table(tmp_path / "replays" / "000002.parquet").to_pydict()
+    assert replayed == {"slot": [1, 3], "group_id": [g.id for g in list(parts.buffer)[:2]], "age": [1, 1]}
+
+
+def test_a_replayed_group_is_not_stored_again(tmp_path):
+    _, _, parts = go(tmp_path, tiny.config(steps=3), tiny.by_pattern([MIXED, TABLE, TABLE]))
+    ids = [g.id for g in parts.buffer]
+    assert len(ids) == len(set(ids)) == 8  # 4 + 2 + 2 fresh effective ones
+
+
+def test_popo_without_a_buffer_is_grpo_filter_to_the_bit(tmp_path):
+    pattern = [TABLE, MIXED] * 5
+    final = {}
+    for name, kw in {"popo": {"replay__capacity": 0}, "grpo-filter": {}}.items():
+        c = tiny.config(steps=10, algorithm__name=name, **kw)
+        final[name], seen, _ = go(tmp_path / name, c, tiny.by_pattern(pattern))
+        assert all(r["replay/filled"] == 0 for r in rows(tmp_path / name))
+        assert [r["replay/unfilled"] for r in rows(tmp_path / name)] == [2, 0] * 5
+        assert not seen[0][1].token_mask[4:8].any() and seen[0][1].token_mask[:4].any()
+    assert same(final["popo"], final["grpo-filter"])
+    replaying, _, _ = go(tmp_path / "on", tiny.config(steps=10), tiny.by_pattern(pattern))
+    assert sum(r["replay/filled"] for r in rows(tmp_path / "on")) > 0
+    assert not same(final["popo"].params, replaying.params)
+
+
+def test_popo_is_grpo_to_the_bit_where_every_group_is_effective(tmp_path):
+    final = {}
+    for name in ("popo", "grpo"):
+        final[name], _, _ = go(tmp_path / name, tiny.config(steps=10, algorithm__name=name), tiny.by_pattern([MIXED]))
+    assert same(final["popo"], final["grpo"])
+    assert rows(tmp_path / "popo")[-1]["replay/size"] == 16 and rows(tmp_path / "grpo")[-1]["replay/size"] == 0
+    with_dead = {}
+    for name in ("popo", "grpo"):
+        with_dead[name], _, _ = go(tmp_path / f"{name}2", tiny.config(steps=3, algorithm__name=name), tiny.by_pattern([TABLE]))
+    assert not same(with_dead["popo"].params, with_dead["grpo"].params)
+
+
+def test_grpo_trains_on_its_dead_groups_with_advantage_zero(tmp_path):
+    _, seen, _ = go(tmp_path, tiny.config(steps=1, algorithm__name="grpo"), tiny.by_pattern([TABLE]))
+    batch = seen[0][1]
+    assert batch.token_mask.reshape(4, -1).any(axis=1).all() and (batch.adv[4:8] == 0).all() and (batch.adv[:4] != 0).all()
+
+
+def test_dapo_samples_in_rounds_until_every_slot_is_effective(tmp_path):
+    c = tiny.config(steps=1, algorithm__name="dapo")
+    _, seen, _ = go(tmp_path, c, tiny.by_pattern([TABLE, ["all wrong"] * 4, MIXED]))
+    row = rows(tmp_path)[0]
+    assert row["rollouts_total"] == 3 * 16 and row["groups/effective"] == 0.5  # 6 of 12, every round counted
+    batch, sampled = seen[0][1], pq.read_table(tmp_path / "samples" / "000001.parquet").to_pylist()
+    assert batch.fresh.all() and batch.token_mask.reshape(4, -1).any(axis=1).all() and (batch.adv != 0).all()
+    # slots: two of round 0 in order, then the first two of round 2
+    by_id = {g: [r for r in sampled if r["group_id"] == g] for g in (0, 2, 8, 9)}
+    lengths = [r["prompt_tokens"] + r["response_tokens"] for g in (0, 2, 8, 9) for r in by_id[g]]
+    assert [int(np.flatnonzero(m)[-1]) + 1 for m in batch.sampled_mask] == lengths
+    assert len({r["prompt_id"] for r in sampled}) == 12
+
+
+def test_dapo_masks_what_stays_empty_after_the_last_round(tmp_path):
+    c = tiny.config(steps=1, algorithm__name="dapo", algorithm__max_rounds=2)
+    _, seen, _ = go(tmp_path, c, tiny.by_pattern([TABLE, ["all wrong"] * 4]))
+    assert rows(tmp_path)[0]["rollouts_total"] == 32 and rows(tmp_path)[0]["replay/unfilled"] == 2
+    np.testing.assert_array_equal(seen[0][1].token_mask.reshape(4, -1).any(axis=1), [True, False, True, False])
+
+
+def test_dapo_rounds_draw_anew(tmp_path):
+    """The key folds in the round: the same prompt in another round gets other responses."""
+    c = tiny.config(steps=1, algorithm__name="dapo", algorithm__max_rounds=2, tasks=[one_problem()])
+    go(tmp_path, c, tiny.by_pattern([["all wrong"] * 4]))
+    texts = [r["text"] for r in pq.read_table(tmp_path / "samples" / "000001.parquet").to_pylist()]
+    assert len(texts) == 32 and texts[:16] != texts[16:]
+
+
+def one_problem():
+    return {"name": "countdown", "countdown": {"train_problems": 1, "eval_problems": 16}}
+
+
+def test_pi_old_marks_replayed_rows_fresh(tmp_path):
+    _, seen, _ = go(tmp_path, tiny.config(steps=2, algorithm__name="popo-pi-old"), tiny.by_pattern([MIXED, TABLE]))
+    batch, out = seen[1][1:]
+    assert batch.fresh.all() and (batch.version[4:8] == 0).all() and np.isnan(out.metrics["weight/mean"])
+    assert rows(tmp_path)[-1]["replay/filled"] == 2
+
+
+def test_ineff_stores_and_replays_groups_without_signal(tmp_path):
+    _, seen, parts = go(tmp_path, tiny.config(steps=2, algorithm__name="popo-ineff"), tiny.by_pattern([TABLE]))
+    assert len(parts.buffer) == 8 and not all(g.effective for g in parts.buffer)
+    first, batch = seen[0][1], seen[1][1]
+    np.testing.assert_array_equal(batch.tokens[12:16], first.tokens[4:8])  # slot 3 <- the all-right group of slot 1
+    assert (batch.adv[12:16] == 0).all()
+
+
+def test_stale_waits_for_ten_updates(tmp_path):
+    c = tiny.config(steps=12, algorithm__name="popo-stale")
+    go(tmp_path, c, tiny.by_pattern([MIXED] + [TABLE] * 11))
+    filled = [r["replay/filled"] for r in rows(tmp_path)]
+    assert filled[:10] == [0] * 10 and filled[10] == 2 and rows(tmp_path)[10]["replay/age_max"] == 10
+
+
+def test_kl_takes_the_group_nearest_to_the_current_policy(tmp_path):
+    _, seen, parts = go(tmp_path, tiny.config(steps=4, algorithm__name="popo-kl"), tiny.by_pattern([MIXED, MIXED, MIXED, TABLE]))
+    state, batch, _ = seen[3]
+    logp = np.asarray(parts.built.score(jax.tree.map(np.asarray, state.params), np.concatenate([s[1].tokens for s in seen[:3]])))
+    d = logp - np.concatenate([s[2].logp_start for s in seen[:3]])
+    mask = np.concatenate([s[1].token_mask for s in seen[:3]])
+    k3 = np.where(mask, np.exp(d) - 1 - d, 0).reshape(12, -1).sum(1) / mask.reshape(12, -1).sum(1)
+    nearest = np.argsort(k3)[:2]
+    assert k3[nearest[1]] < np.sort(k3)[2]
+    tokens = np.concatenate([s[1].tokens for s in seen[:3]]).reshape(12, 4, -1)
+    np.testing.assert_array_equal(batch.tokens[4:8], tokens[nearest[0]])
+    np.testing.assert_array_equal(batch.tokens[12:16], tokens[nearest[1]])
+
+
+def test_each_run_compiles_the_step_once_and_nothing_in_the_loop(tmp_path):
+    """One trace of the train step, whatever the number of replayed slots; no compilation after the second step."""
+    c, compiled = tiny.config(steps=6), []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
+    )
+    counts = []
+    real = tiny.by_pattern([MIXED, TABLE, ["all wrong"] * 4, MIXED, TABLE, ["all right"] * 4])
+    parts = tiny.parts(tmp_path, c, grade=lambda jobs: counts.append(len(compiled)) or real(jobs))
+    train.loop(parts, tiny.state(parts.built), tiny.Progress())
+    assert parts.built.train_step._cache_size() == 1
+    assert {r["replay/filled"] for r in rows(tmp_path)} == {0, 2, 4}
+    assert counts[0] > 0 and len(compiled) == counts[2], "something was compiled after the second step"
+
+
+def test_counters_and_rows(tmp_path):
+    c = tiny.config(steps=3)
+    _, progress, parts = tiny.run(tmp_path, c, grade=tiny.by_pattern([MIXED]))
+    got = rows(tmp_path)
+    assert [r["step"] for r in got] == [1, 2, 3] and [r["rollouts_total"] for r in got] == [16, 32, 48]
+    sampled = [pq.read_table(p).to_pydict() for p in sorted((tmp_path / "samples").glob("*.parquet"))]
+    assert got[-1]["tokens_generated_total"] == sum(sum(s["response_tokens"]) for s in sampled)
+    assert progress.position == 12 and progress.step == 3
+    assert set(sampled[0]["group_id"]) == {0, 1, 2, 3} and got[0]["accuracy/train"] == 0.5
+    keys = (
+        "loss grad_norm update_norm learning_rate entropy mismatch/mean time/sample time/grade time/replay time/update time/step"
+    )
+    assert all(isinstance(got[0][k], float) for k in keys.split()) and got[0]["weight/mean"] is None
+    assert 0 <= got[0]["mismatch/mean"] < 1e-5
+
+
+def test_overlong_rows_stay_in_the_baseline_and_leave_the_loss(tmp_path):
+    _, seen, _ = go(tmp_path, tiny.config(steps=1, loss__overlong="mask"), tiny.by_pattern([MIXED]))
+    batch, ended = seen[0][1], pq.read_table(tmp_path / "samples" / "000001.parquet")["ended"].to_pylist()
+    assert not all(ended)
+    np.testing.assert_array_equal(batch.token_mask.any(axis=1), ended)
+    assert batch.sampled_mask.any(axis=1).all()
+
+
+def test_ten_dead_steps_stop_the_run(tmp_path):
+    tmp_path.mkdir(exist_ok=True)
+    with pytest.raises(UserError, match="step 3: 3 steps in a row without one effective group"):
+        tiny.run(tmp_path, tiny.config(steps=9, algorithm__dead_steps=3), grade=tiny.by_pattern([["all wrong"] * 4]))
+
+
+def test_a_broken_verifier_stops_the_run_by_name(tmp_path):
+    def grade(jobs):
+        return [Verdict(float("nan"), float("nan"), "verifier error: KeyError: 'nums'")] * len(jobs)
+
+    with pytest.raises(UserError, match=re.compile(r"verifier of task countdown failed on 16 of 16.*countdown-\w+.*KeyError")):
+        tiny.run(tmp_path, tiny.config(), grade=grade)
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_is_refused(tmp_path):
+    parts = tiny.parts(tmp_path, tiny.config(), grade=tiny.by_pattern([MIXED]))
+    real = parts.collect.sample
+
+    def off(params, prompts, key, *, version):
+        r = real(params, prompts, key, version=version)
+        return dataclasses.replace(r, logp=np.where(r.sampled_mask, r.logp + 0.01, 0).astype(np.float32))
+
+    parts = dataclasses.replace(parts, collect=dataclasses.replace(parts.collect, sample=off))
+    with pytest.raises(UserError, match="sampler and trainer must agree"):
+        train.loop(parts, tiny.state(parts.built), tiny.Progress())
+
+
+def test_losses_that_stay_not_finite_stop_the_run(tmp_path):
+    parts = tiny.parts(tmp_path, tiny.config(steps=9), grade=tiny.by_pattern([MIXED]))
+    real = parts.built.train_step
+
+    def poisoned(state, batch: Batch):
+        return real(state, batch._replace(adv=batch.adv * np.nan))
+
+    parts = dataclasses.replace(parts, built=dataclasses.replace(parts.built, train_step=poisoned))
+    with pytest.raises(UserError, match="step 3: loss or gradient was not finite in 3 steps"):
+        train.loop(parts, tiny.state(parts.built), tiny.Progress())
+
+
+def test_a_stop_wish_ends_the_loop_after_a_saved_step(tmp_path):
+    parts = tiny.parts(tmp_path, tiny.config(steps=9, checkpoint__every=100), grade=tiny.by_pattern([MIXED]))
+    saved, asked = [], []
+    parts = dataclasses.replace(
+        parts,
+        save=lambda state, progress, score: saved.append((int(state.step), progress.step, len(parts.buffer))),
+        stopping=lambda: asked.append(1) or len(asked) >= 3,
+    )
+    _, progress = train.loop(parts, tiny.state(parts.built), tiny.Progress())
+    assert saved == [(2, 2, 8)] and progress.step == 2  # checkpoint k contains store(k)
