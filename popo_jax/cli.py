@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Nested plain data of a YAML file; a run's config.yaml without its fingerprints."""
+    """Nested plain data of a YAML file."""
     try:
         data = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as e:
@@ -99,13 +101,13 @@ def read_config(path: str) -> dict[str, Any]:
         raise UserError(f"{path} must be YAML: {' '.join(str(e).split())}") from e
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold settings as a mapping, got {type(data).__name__ if data is not None else 'nothing'}")
-    data.pop("fingerprints", None)
     return data
 
 
 def parse_config(path: str | None, overrides: Sequence[str], say: Callable[[str], None]) -> Config:
     """Defaults < preset < file < command line, checked. Keys the algorithm does not read: refused here, noticed in a file."""
     data = {} if path is None else read_config(path)
+    of_a_run = data.pop("fingerprints", None) is not None  # complete, so it names every key
     given = _given_keys(overrides)
     if "algorithm.name" in given:
         section = data.get("algorithm")
@@ -121,15 +123,22 @@ def parse_config(path: str | None, overrides: Sequence[str], say: Callable[[str]
         if why := why_unread(key, dead):
             raise UserError(f"command line: {key} is not read: {why}")
     ignored = [key for key in plain.dotted(data) if key != "algorithm" and why_unread(key, dead)]
-    if ignored:
+    if ignored and not of_a_run:
         say(f"Not read with algorithm {c.algorithm.name}: {', '.join(ignored)}")
     return c
 
 
 def _apply(overrides: Sequence[str], base: Config) -> Config:
-    """Typed overrides through tyro; `--algorithm X` is `--algorithm.name X`."""
-    args = [_spell(a) for a in overrides]
-    return tyro.cli(Config, prog="popo train CONFIG", args=args, default=base, config=(tyro.conf.FlagConversionOff,))
+    """Typed overrides through tyro; `--algorithm X` is `--algorithm.name X`. Errors: UserError instead of tyro's box."""
+    args, said = [_spell(a) for a in overrides], io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Config, prog="popo train CONFIG", args=args, default=base, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as e:
+        if not e.code:
+            raise  # --help
+        lines = [line.strip(" │╭╰─╮╯-") for line in said.getvalue().splitlines()]
+        raise UserError(f"command line: {next((x for x in lines[1:] if x), 'cannot be parsed')}") from None
 
 
 def _spell(arg: str) -> str:

@@ -49,7 +49,7 @@ def _table(run: RunDir, checkpoints: Checkpoints) -> Table:
         table.add_column(name, justify="right")
     for step in checkpoints.steps():
         folder = run.path / "checkpoints" / str(step)
-        size = sum(f.stat().length for f in folder.glob("**/*") if not f.is_dir())
+        size = _bytes(folder)
         try:
             meta, replay = checkpoints.read_meta(step), checkpoints.read_replay(step)
         except UserError as e:
@@ -60,3 +60,7 @@ def _table(run: RunDir, checkpoints: Checkpoints) -> Table:
         row = (step, f"{size / 1e6:.1f} MB", p["position"], p["rollouts_total"], len(versions), span, int(np.sum(uses)))
         table.add_row(*map(str, row), meta["fingerprints"]["tokenizer"])
     return table
+
+
+def _bytes(folder: epath.Path) -> int:
+    return sum(_bytes(p) if p.is_dir() else p.stat().length for p in folder.iterdir())

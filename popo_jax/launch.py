@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 import popo_jax.policy as policies
 from popo_jax import build, evaluate, plain, problems, run_dir, sft, train

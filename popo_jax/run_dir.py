@@ -16,7 +16,7 @@ from etils import epath
 
 from popo_jax import plain
 from popo_jax.config import Config
-from popo_jax.runtime.writers import MetricsFile, ParquetFiles, new_run_dir
+from popo_jax.runtime.writers import MetricsFile, ParquetFiles, new_run_dir, unused
 from popo_jax.types import UserError
 
 FORMAT = 1
@@ -52,9 +52,16 @@ class RunDir:
         return cls(path, MetricsFile(path / "metrics.jsonl"), ParquetFiles(path / "samples"), ParquetFiles(path / "replays"))
 
     def rewind(self, step: int) -> None:
-        """Rows and files beyond `step` move to discarded/."""
+        """Rows, files and checkpoints beyond `step` move to discarded/."""
+        discarded = self.path / "discarded"
         for writer in (self.metrics, self.samples, self.replays):
-            writer.rewind(step, self.path / "discarded")
+            writer.rewind(step, discarded)
+        later = [p for p in (self.path / "checkpoints").iterdir() if p.name.isdigit() and int(p.name) > step]
+        if later:
+            target = unused(discarded, f"checkpoints-{step:06d}", "")
+            target.mkdir(parents=True)
+            for p in later:
+                p.rename(target / p.name)
 
 
 def create(c: Config) -> RunDir:

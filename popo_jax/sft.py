@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,9 +26,9 @@ from popo_jax.data.tokenizer import characters
 from popo_jax.policy import Policy
 from popo_jax.rl.optim import make_tx
 from popo_jax.rl.state import Params, Purpose, TrainState, key_for
+from popo_jax.runtime import mesh as meshes
 from popo_jax.runtime.mesh import cache_dir
 from popo_jax.sharding import BATCH
-from popo_jax.runtime import mesh as meshes
 from popo_jax.tasks import get_task
 
 REPORTS = 5
@@ -51,14 +52,15 @@ def starting_policy(c: Config, mesh: Mesh, say: Callable[[str], None]) -> epath.
 
 
 def make(c: Config, mesh: Mesh, folder: epath.PathLike, say: Callable[[str], None]) -> None:
-    """Warm-start a fresh policy and write it to `folder`, whole or not at all."""
+    """Warm-start a fresh policy and write it to `folder`, whole or not at all; if another process was faster, its stays."""
     folder, policy = epath.Path(folder), fresh_policy(c)
     params = warm_start(c, policy, mesh, say)
-    partial = folder.parent / f".{folder.name}.partial"
-    if partial.exists():
-        partial.rmtree()
+    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     policies.save(partial, policy, params)
-    partial.rename(folder)
+    if folder.exists():
+        partial.rmtree()
+    else:
+        partial.rename(folder)
     say(f"Warm start written to {folder}")
 
 
@@ -86,7 +88,7 @@ def warm_start(c: Config, policy: Policy, mesh: Mesh, say: Callable[[str], None]
     step = build.supervised(built.model, tx)
     examples = Examples(c, policy)
     batches = iter(stream.supervised(examples, policy.tokenizer, batch=w.batch, T=c.row_tokens, seed=w.seed))
-    rate = optax.warmup_cosine_decay_schedule(0.0, w.learning_rate, min(20, w.steps), w.steps, w.learning_rate / 10)
+    rate = optax.warmup_cosine_decay_schedule(0.0, w.learning_rate, min(20, w.steps // 10), w.steps, w.learning_rate / 10)
     for i in range(w.steps):
         batch = meshes.place(next(batches), mesh, BATCH)
         state, loss = step(state, batch["tokens"], batch["answer_mask"], np.float32(rate(i)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import jax
 
-from popo_jax import evaluate, journal
+from popo_jax import journal
 from popo_jax.build import Built
 from popo_jax.config import Config
 from popo_jax.data.assemble import assemble
@@ -26,7 +26,7 @@ from popo_jax.run_dir import Progress
 from popo_jax.runtime.clocks import Clock
 from popo_jax.runtime.mesh import fetch, place
 from popo_jax.sharding import BATCH
-from popo_jax.types import FillPlan, Group, UserError
+from popo_jax.types import FillPlan, UserError
 
 NONFINITE_LIMIT = 3
 """Steps in a row without a finite loss and gradient that stop the run."""
@@ -62,7 +62,11 @@ def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainStat
             with parts.clock("update"):
                 state, out = parts.built.train_step(state, batch)
             step = progress.step + 1
-            scores = parts.evaluate(state.params, step) if step % c.eval.every == 0 or step == c.steps else {}
+            scores = {}
+            if step % c.eval.every == 0 or step == c.steps:
+                with parts.clock("update"):
+                    jax.block_until_ready(state.params)
+                scores = parts.evaluate(state.params, step)
             if step < c.steps:
                 pending = worker.submit(parts.collect, state.params, step, rollout.position)
             with parts.clock("update"):

@@ -45,9 +45,9 @@ def decoupled_surrogate(
     sampled: nats under the sampling distribution, of one shape; gradients reach `logp` alone of the three. Advantages:
     one per row or one per token. Computed in float32 whatever comes in. Errors: ValueError for shapes that do not fit.
     """
-    A_BT = _per_token(advantages, mask)
     r_BT = ratios(logp, logp_prox, mask)
     w_BT = weights(logp_prox, logp_behav, mask, cap=weight_cap)
+    A_BT = _per_token(advantages, mask)
     J_BT = jnp.minimum(r_BT * A_BT, jnp.clip(r_BT, 1 - clip_low, 1 + clip_high) * A_BT)
     if dual_clip is not None:
         J_BT = jnp.where(A_BT < 0, jnp.maximum(J_BT, dual_clip * A_BT), J_BT)

@@ -7,9 +7,8 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -52,7 +51,7 @@ class MetricsFile:
         gone = whole[len(keep) :] + torn
         if gone:
             discarded.mkdir(parents=True, exist_ok=True)
-            target = _unused(discarded, f"metrics-{step:06d}", ".jsonl")
+            target = unused(discarded, f"metrics-{step:06d}", ".jsonl")
             target.write_text("".join(f"{line}\n" for line in gone))
             partial = self.path.parent / f".{self.path.name}.partial"
             partial.write_text("".join(f"{line}\n" for line in keep))
@@ -92,7 +91,7 @@ class ParquetFiles:
         """Files of later steps move to discarded/<folder>-NNNNNN/ (numbered on)."""
         late = [p for p in sorted(self.folder.glob("*.parquet")) if int(p.stem) > step] if self.folder.exists() else []
         if late:
-            target = _unused(discarded, f"{self.folder.name}-{step:06d}", "")
+            target = unused(discarded, f"{self.folder.name}-{step:06d}", "")
             target.mkdir(parents=True)
             for p in late:
                 p.rename(target / p.name)
@@ -142,7 +141,8 @@ def _is_row(line: str) -> bool:
         return False
 
 
-def _unused(folder: epath.Path, stem: str, suffix: str) -> epath.Path:
+def unused(folder: epath.Path, stem: str, suffix: str) -> epath.Path:
+    """folder/stem+suffix, numbered on if that is taken."""
     path, n = folder / f"{stem}{suffix}", 1
     while path.exists():
         n += 1

@@ -32,7 +32,7 @@ def grade_all(jobs: Sequence[Job]) -> list[Verdict]:
 def _grade(grade: Any, response: str, fields: Mapping[str, Any]) -> Verdict:
     try:
         return check_verdict(grade(response, **fields))
-    except Exception as e:  # noqa: BLE001 - a bug of the verifier: the group becomes invalid, the others go on
+    except Exception as e:  # a bug of the verifier: the group becomes invalid, the others go on
         return _broken(f"{type(e).__name__}: {_text(e)}")
 
 
@@ -60,5 +60,5 @@ def _text(e: Exception) -> str:
     """The exception's message: short, and free of lone surrogates, which no file takes."""
     try:
         return str(e)[:MAX_REASON].encode(errors="backslashreplace").decode()
-    except Exception:  # noqa: BLE001 - a message that raises is no reason to lose the others
+    except Exception:  # a message that raises is no reason to lose the others
         return "(its message cannot be read)"

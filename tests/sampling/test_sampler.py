@@ -97,7 +97,7 @@ def test_waves_chunks_and_compaction_change_no_draw(built, params, prompts, kw, 
     assert_same(make(built, eos_ids=eos, **kw)(params, prompts, KEY, version=0), whole)
     lengths = whole.sampled_mask.sum(axis=1)
     assert len(set(lengths)) > 3 and lengths.min() < 4 and lengths.max() == 11
-    assert taken or kw["chunk"] == 64  # with small chunks rows were dropped on the way
+    assert taken or kw.get("chunk") not in (1, 3)  # with small chunks rows were dropped on the way
 
 
 def test_several_end_tokens_are_sampled_and_counted(built, params, prompts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -102,13 +103,13 @@ TABLE = {
     "two lines": ("(3+5)\n*7", "malformed"),
     "call": ("__import__('os').system('exit')", "malformed"),
     "lambda": ("(lambda: 56)()", "malformed"),
-    "fullwidth digits": ("（３＋５）＊７", "malformed"),
-    "fullwidth digit": ("(３+5)*7", "malformed"),
-    "arabic-indic digits": ("(٣+٥)*٧", "malformed"),
-    "superscript": ("3²+5*7", "malformed"),
-    "times sign": ("(3+5)×7", "malformed"),
-    "minus sign": ("3−5+7", "malformed"),
-    "division slash": ("3∕5*7", "malformed"),
+    "fullwidth digits": ("\uff08\uff13\uff0b\uff15\uff09\uff0a\uff17", "malformed"),
+    "fullwidth digit": ("(\uff13+5)*7", "malformed"),
+    "arabic-indic digits": ("(\u0663+\u0665)*\u0667", "malformed"),
+    "superscript": ("3\u00b2+5*7", "malformed"),
+    "times sign": ("(3+5)\u00d77", "malformed"),
+    "minus sign": ("3\u22125+7", "malformed"),
+    "division slash": ("3\u22155*7", "malformed"),
     "no-break space": ("(3+5)\u00a0*7", "malformed"),
     "no-break space around": ("\u00a0(3+5)*7\u00a0", "malformed"),
     "zero-width space": ("(3+5)\u200b*7", "malformed"),
@@ -155,6 +156,7 @@ def test_table(name: str) -> None:
         ("1/3+2/3", [1, 2, 3, 3], 1, "right"),
         ("1/3*3", [1, 3, 3], 1, "right"),
         ("7/2", [2, 7], 3, "wrong value"),
+        ("7/2", [2, 7], 7, "wrong value"),
         ("2-7", [2, 7], -5, "right"),
         ("2/(3-5)*7", [2, 3, 5, 7], -7, "right"),
         ("3/(5-5)", [3, 5, 5], 0, "wrong value"),
@@ -197,6 +199,8 @@ def expected(text: str, nums: list[int], target: int) -> str:
     """The reason by way of `ast`, for short text without the characters that Python reads and Countdown does not."""
     if not text.strip():
         return "no answer"
+    if re.search(r"(?<!\d)00", text):
+        return "malformed"  # Python takes 00 for 0, and refuses 03 like we do
     try:
         numbers, value = walk(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, TypeError):
@@ -284,7 +288,7 @@ def hostile(seed: int) -> Iterator[str]:
 
 
 def slowest(n: int, seed: int) -> float:
-    """Seconds of thread time of the slowest verdict; one over the limit has two more tries, so that a cold cache is not blamed."""
+    """Seconds of thread time of the slowest verdict; one over the limit is tried twice more: no blame for a cold cache."""
     rng, worst = random.Random(seed), 0.0
     for _, text in zip(range(n), hostile(seed), strict=False):
         nums = [rng.randint(1, 99) for _ in range(rng.randint(1, 6))]
@@ -300,13 +304,8 @@ def slowest(n: int, seed: int) -> float:
     return worst
 
 
-def test_5000_hostile_strings() -> None:
-    assert slowest(5_000, seed=0) < LIMIT
-
-
-@pytest.mark.slow
 def test_100000_hostile_strings() -> None:
-    assert slowest(100_000, seed=1) < LIMIT
+    assert slowest(100_000, seed=0) < LIMIT
 
 
 @pytest.mark.parametrize(
@@ -317,8 +316,12 @@ def test_100000_hostile_strings() -> None:
         "<answer></answer>" * 58823,
         "<answer>" + " " * 10**6 + "</answer>",
         " \t\r\n" * 250000,
-    ]
-    + ["\U0001f600" + "<answer>1</answer" * 58823, "\U0001f600" * 10**6, "1+" * 500000, "(" * 10**6, "9" * 10**6],
+        "\U0001f600" + "<answer>1</answer" * 58823,
+        "\U0001f600" * 10**6,
+        "1+" * 500000,
+        "(" * 10**6,
+        "9" * 10**6,
+    ],
     ids=lambda t: f"{t[:8]!a}",
 )
 def test_a_million_characters_within_the_limit(text: str) -> None:
