@@ -38,7 +38,7 @@ class Built:
     """ShapeDtypeStructs with shardings."""
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepOut]]
     """Donates the state."""
-    score: Callable[[Params, jax.Array], jax.Array]
+    score: Callable[[Params, Any], jax.Array]
     """(params, tokens [B, T]) -> log-probs [B, T] at the sampling temperature, for any B of the batch's row shards."""
 
     def fresh_params(self, key: jax.Array) -> Params:
@@ -99,7 +99,7 @@ def abstract_state(model: Decoder, tx: optax.GradientTransformation, mesh: Mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), tree, spec_tree)
 
 
-def _scorer(c: Config, model: Decoder, params: Any, rows: NamedSharding) -> Callable[[Params, jax.Array], jax.Array]:
+def _scorer(c: Config, model: Decoder, params: Any, rows: NamedSharding) -> Callable[[Params, Any], jax.Array]:
     @functools.partial(jax.jit, in_shardings=(params, rows), out_shardings=rows)
     def score(params: Params, tokens: jax.Array) -> jax.Array:
         n = 1 if c.batch.micro_batch is None else max(tokens.shape[0] // c.batch.micro_batch, 1)

@@ -293,7 +293,10 @@ def resolve(c: Config) -> Config:
     P = c.batch.prompts
     capacity = c.replay.capacity if c.replay.capacity is not None else (64 if c.algorithm.name == "popo-stale" else 4) * P
     candidates = c.replay.candidates if c.replay.candidates is not None else 4 * P
-    c = dataclasses.replace(c, replay=dataclasses.replace(c.replay, capacity=capacity, candidates=candidates))
+    replay = dataclasses.replace(c.replay, capacity=capacity, candidates=candidates)
+    if c.algorithm.preset.order != "priority":  # eviction follows the same order
+        replay = dataclasses.replace(replay, quality="uniform", selection="top")
+    c = dataclasses.replace(c, replay=replay)
     for key, value, test, expected in _ranges(c):
         if not test:
             raise UserError(f"{key} must {expected}, got {value}")
@@ -423,11 +426,7 @@ def _ranges(c: Config) -> list[tuple[str, Any, bool, str]]:
     need("tasks", [t.name for t in c.tasks], len({t.name for t in c.tasks}) == len(c.tasks), "name each task once")
     if p.slots == "replay":
         need("replay.max_age", r.max_age, r.max_age >= r.min_age, f"be at least replay.min_age ({r.min_age})")
-        for key, v, off in (("sample.top_p", s.top_p, 1.0), ("sample.top_k", s.top_k, None)):
-            need(
-                key,
-                v,
-                v == off,
-                f"be {'off' if off is None else off} with algorithm {c.algorithm.name}, which weighs by log-probs of the full distribution",
-            )
+        full = f"with algorithm {c.algorithm.name}, which weighs by log-probs of the full distribution"
+        need("sample.top_p", s.top_p, s.top_p == 1, f"be 1.0 {full}")
+        need("sample.top_k", s.top_k, s.top_k is None, f"be off {full}")
     return rows

@@ -82,7 +82,7 @@ def reasons(a: Answers) -> dict[str, int]:
 def command(
     run: epath.PathLike, *, k: Sequence[int], temperature: float, top_p: float, problems: int | None, step: int | None, seed: int
 ) -> dict[str, float]:
-    """`popo eval RUN`: greedy accuracy, avg@n and pass@k for each k with n = max(k); printed, and every answer kept in RUN/eval/."""
+    """`popo eval RUN`: greedy accuracy, avg@n and pass@k for each k with n = max(k); printed, and kept in RUN/eval/."""
     if not k or min(k) < 1:
         raise UserError(f"--k must list whole numbers of at least 1, got {list(k)}")
     if not temperature > 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,13 +28,13 @@ def describe(folder: epath.PathLike, c: Config) -> Policy:
     return Policy(replace(shape, **how), tokenizers.load(folder))
 
 
-def save(folder: epath.PathLike, policy: Policy, params: Mapping[str, Any] | None) -> None:
+def save(folder: epath.PathLike, policy: Policy, params: dict[str, Any] | None) -> None:
     """A folder that transformers opens; without `params` it has everything but weights."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    ids = {"eos_ids": policy.tokenizer.eos_ids, "pad_id": policy.tokenizer.pad_id}
+    eos_ids, pad_id = policy.tokenizer.eos_ids, policy.tokenizer.pad_id
     if params is None:
-        hf_config.save_config(folder, policy.model, **ids)
+        hf_config.save_config(folder, policy.model, eos_ids=eos_ids, pad_id=pad_id)
     else:
-        hf.save(folder, params, policy.model, **ids)
+        hf.save(folder, params, policy.model, eos_ids=eos_ids, pad_id=pad_id)
     policy.tokenizer.save(folder)

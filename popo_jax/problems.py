@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ class Problems:
 
 def load(c: Config, tokenizer: Tokenizer) -> Problems:
     """Training and held-out sources of every task. Errors: UserError for bad files, prompts over the limit."""
-    train, held_out = [], []
+    train: list[Source] = []
+    held_out: list[Source] = []
     for i, config in enumerate(c.tasks):
         task = get_task(config.name)
         for problems, out, file in zip(task.load(config), (train, held_out), ("train_file", "eval_file"), strict=True):
@@ -45,11 +47,11 @@ def fingerprints(problems: Problems) -> dict[str, str]:
     return {"data": _digest(data), "template": _digest(template), "reward": _digest([_verdicts(s, p) for s, p in sample])}
 
 
-def _verdicts(source: Source, problem: object) -> list[tuple[float, float, str]]:
+def _verdicts(source: Source, problem: Mapping[str, Any]) -> list[tuple[float, float, str]]:
     """What the verifier says of a teacher's right and wrong answers, and of nonsense."""
     task, rng = get_task(source.task), np.random.default_rng(0)
     answers = [task.teacher_answer(problem, rng, right=right) for right in (0.0, 1.0)] + ["", "?"]
-    verdicts = grade_all([(source.task, a, source.answer(problem)) for a in answers])  # type: ignore[arg-type]
+    verdicts = grade_all([(source.task, a, source.answer(problem)) for a in answers])
     return [(v.score, v.correct, v.reason) for v in verdicts]
 
 

@@ -132,6 +132,6 @@ def open_existing(path: epath.PathLike) -> RunDir:
     path = epath.Path(path)
     if not (path / "config.yaml").exists():
         raise UserError(
-            f"{path} must be a run directory (a folder with config.yaml), got {'another folder' if path.exists() else 'nothing there'}"
+            f"{path} must be a run directory (a folder with config.yaml), got {'another' if path.exists() else 'none'}"
         )
     return RunDir.at(path)

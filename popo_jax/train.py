@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -89,7 +90,7 @@ def fill_batch(parts: Parts, rollout: Rollout, params: Params, step: int) -> tup
     scores = score_candidates(parts, params, step) if preset.order == "kl" else None
     with parts.clock("replay"):
         plan = fill(buffer, rollout.slots, version=step, preset=preset, seed=c.seed, step=step, divergence=scores)
-        rows = assemble(rollout.slots, plan, buffer, T=c.row_tokens, marked_fresh=preset.marked_fresh)
+        rows: dict[str, Any] = assemble(rollout.slots, plan, buffer, T=c.row_tokens, marked_fresh=preset.marked_fresh)
         return plan, place(Batch(**rows), parts.built.mesh, BATCH)
 
 
@@ -151,5 +152,5 @@ def check_step(metrics: dict[str, float], progress: Progress, c: Config, *, firs
         )
     if progress.nonfinite_steps >= NONFINITE_LIMIT:
         raise UserError(
-            f"step {progress.step}: loss or gradient was not finite in {progress.nonfinite_steps} steps in a row; none was applied"
+            f"step {progress.step}: loss or gradient was not finite in {progress.nonfinite_steps} steps in a row, none applied"
         )

@@ -211,7 +211,7 @@ def test_each_run_compiles_the_step_once_and_nothing_in_the_loop(tmp_path):
 
 def test_counters_and_rows(tmp_path):
     c = tiny.config(steps=3)
-    _, progress, parts = tiny.run(tmp_path, c, grade=tiny.by_pattern([MIXED]))
+    _, progress, _ = tiny.run(tmp_path, c, grade=tiny.by_pattern([MIXED]))
     got = rows(tmp_path)
     assert [r["step"] for r in got] == [1, 2, 3] and [r["rollouts_total"] for r in got] == [16, 32, 48]
     sampled = [pq.read_table(p).to_pydict() for p in sorted((tmp_path / "samples").glob("*.parquet"))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -61,8 +61,16 @@ class PromptStream:
         return [next(self._iterator) for _ in range(n)]
 
 
+class Examples(Protocol):
+    """(prompt, answer) by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> tuple[str, str]: ...
+
+
 def supervised(
-    examples: Sequence[tuple[str, str]], tokenizer: Tokenizer, *, batch: int, T: int, seed: int
+    examples: Examples, tokenizer: Tokenizer, *, batch: int, T: int, seed: int
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """(prompt, answer) pairs -> endless batches of tokens i32 [batch, T] and answer_mask bool [batch, T], end token included.
 

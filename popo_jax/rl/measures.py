@@ -49,7 +49,7 @@ def sums(
     high = (batch.adv[:, None] > 0) & (ratio > 1 + c.loss.clip_high)
     gap = jnp.where(own, jnp.abs(batch.logp_sampler - prox), 0.0)
 
-    def total(x: Array, where: Array) -> Float[Array, ""]:
+    def total(x: Array | float, where: Array) -> Float[Array, ""]:
         return jnp.sum(jnp.where(where, x, 0.0), dtype=jnp.float32)
 
     counts = {"tokens": mask, "n_fresh": is_fresh, "n_replayed": is_replayed, "n_own": own}

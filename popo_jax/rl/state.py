@@ -32,8 +32,8 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    step: Int[Array, ""]
-    """Train steps applied: the parameters' version."""
+    step: Any
+    """int32 []: train steps applied, the parameters' version. (Leaves may be ShapeDtypeStructs: plan and restore.)"""
     params: Params
     opt_state: Any
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from popo_jax.models.decoder import Decoder
 from popo_jax.ops.logprobs import next_token_logprobs
 from popo_jax.ops.masked import masked_mean
-from popo_jax.rl.state import TrainState
+from popo_jax.rl.state import Params, TrainState
 
 
 def supervised_step(
@@ -24,7 +24,7 @@ def supervised_step(
 ) -> tuple[TrainState, Float[Array, ""]]:
     """One AdamW step at learning rate `rate` on the mean negative log-prob of the answers' tokens; returns that mean."""
 
-    def loss_of(params: object) -> Float[Array, ""]:
+    def loss_of(params: Params) -> Float[Array, ""]:
         logp = next_token_logprobs(model.logits(params, tokens), tokens, temperature=1.0)
         return -masked_mean(logp, answer_mask)
 

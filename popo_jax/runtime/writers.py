@@ -21,7 +21,7 @@ def new_run_dir(path: epath.PathLike) -> epath.Path:
     path = epath.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(
-            f"run directory {path} must be new or empty, got one that holds something; to go on with a run: popo train --resume {path}"
+            f"run directory {path} must be new or empty, got one in use; to go on with it: popo train --resume {path}"
         )
     path.mkdir(parents=True, exist_ok=True)
     return path

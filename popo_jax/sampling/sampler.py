@@ -101,7 +101,7 @@ class Sampler:
 
 
 def right_align(prompts: Sequence[np.ndarray], size: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [size, S], start [size]): prompts end at the last slot; S is the bucket of the longest; extra rows repeat the first."""
+    """(tokens [size, S], start [size]): prompts end at the last slot, S the longest's bucket; extra rows repeat the first."""
     S = min(limit, max(16, 1 << (max(len(p) for p in prompts) - 1).bit_length()))
     tokens, start = np.zeros((size, S), np.int32), np.zeros(size, np.int32)
     for i in range(size):
@@ -129,7 +129,7 @@ def _record(out: Responses, drawn: Drawn, row: np.ndarray, t: int) -> None:
 
 
 def _ended(out: Responses, eos_ids: tuple[int, ...]) -> np.ndarray:
-    return (out.sampled_mask & np.isin(out.tokens, eos_ids)).any(axis=1)
+    return np.asarray((out.sampled_mask & np.isin(out.tokens, eos_ids)).any(axis=1))
 
 
 @functools.partial(jax.jit, static_argnames="model")

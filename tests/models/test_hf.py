@@ -168,7 +168,7 @@ def test_a_file_cut_short_is_refused(tmp_path, kept):
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no weights, expected model.safetensors or model.safetensors.index.json"):
+    with pytest.raises(UserError, match=r"no weights, expected model\.safetensors or model\.safetensors\.index\.json"):
         hf.load(tmp_path, C)
 
 
