@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -37,15 +38,22 @@ def batch(seed: int = 0, *, replayed: tuple[int, ...] = (), masked: tuple[int, .
     )
 
 
-def setup(**kw):
-    c = tiny.config(**kw)
+@functools.cache
+def _setup(**kw):
+    c = tiny.config(model__layers=1, **kw)
     b = tiny.built(c)
-    return c, b, tiny.state(b)
+    keep = jax.jit(functools.partial(update.train_step, model=b.model, tx=b.tx, c=b.c))
+    gradient = jax.jit(functools.partial(update.gradient, model=b.model, c=b.c))
+    return c, dataclasses.replace(b, train_step=keep), tiny.state(b), gradient
+
+
+def setup(**kw):
+    """(config, trainer whose step does not donate, state), compiled once per config."""
+    return _setup(**kw)[:3]
 
 
 def step(b, state: TrainState, x: Batch):
-    """The train step without donation."""
-    return jax.jit(functools.partial(update.train_step, model=b.model, tx=b.tx, c=b.c))(state, x)
+    return b.train_step(state, x)
 
 
 def assert_close(a, b, tol: float) -> None:
@@ -53,29 +61,29 @@ def assert_close(a, b, tol: float) -> None:
 
 
 def reference_gradient(b, params, x: Batch, logp_old):
-    """GRPO / DAPO's token-mean objective with decoupled weights, a row and a token at a time, in plain Python."""
+    """GRPO / DAPO's token-mean objective with decoupled weights, a token at a time, in plain Python."""
     c = b.c
 
     def loss(params):
-        logits = b.model.logits(params, x.tokens)
+        logp_BT = jax.nn.log_softmax(b.model.logits(params, x.tokens) / c.sample.temperature)
         total, count = 0.0, 0
-        for i in range(P * G):
-            for t in np.flatnonzero(np.asarray(x.token_mask[i])):
-                logp = jax.nn.log_softmax(logits[i, t - 1] / c.sample.temperature)[x.tokens[i, t]]
-                old = jax.lax.stop_gradient(logp) if logp_old is None else logp_old[i, t]
-                w = 1.0 if x.fresh[i] else jnp.minimum(jnp.exp(jax.lax.stop_gradient(old) - x.logp_behav[i, t]), c.weight.cap)
-                r, A = jnp.exp(logp - old), x.adv[i]
-                total += w * jnp.minimum(r * A, jnp.clip(r, 1 - c.loss.clip_low, 1 + c.loss.clip_high) * A)
-                count += 1
+        for i, t in np.argwhere(np.asarray(x.token_mask)):
+            logp = logp_BT[i, t - 1, x.tokens[i, t]]
+            old = jax.lax.stop_gradient(logp) if logp_old is None else logp_old[i, t]
+            w = 1.0 if fresh[i] else jnp.minimum(jnp.exp(jax.lax.stop_gradient(old) - x.logp_behav[i, t]), c.weight.cap)
+            r, A = jnp.exp(logp - old), x.adv[i]
+            total += w * jnp.minimum(r * A, jnp.clip(r, 1 - c.loss.clip_low, 1 + c.loss.clip_high) * A)
+            count += 1
         return -total / count
 
+    fresh = np.asarray(x.fresh)
     return jax.grad(loss)(params)
 
 
 def test_gradient_is_the_decoupled_objectives():
     c, b, state = setup()
     x = batch(replayed=(1,), masked=(3,))
-    got, _, _ = jax.jit(functools.partial(update.gradient, model=b.model, c=c))(state.params, x, None, state.step)
+    got, _, _ = _setup()[3](state.params, x, None, state.step)
     want = reference_gradient(b, state.params, x, None)
     assert optax.global_norm(want) > 1e-2
     assert_close(got, want, 2e-6)
@@ -84,8 +92,7 @@ def test_gradient_is_the_decoupled_objectives():
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "dr_grpo"])
 def test_micro_batches_equal_the_whole(aggregation):
     x = batch(replayed=(2,))
-    _, whole, state = setup(loss__aggregation=aggregation, loss__entropy_coef=0.01)
-    _, parts, _ = setup(loss__aggregation=aggregation, loss__entropy_coef=0.01, batch__micro_batch=4)
+    state = setup()[2]
     got = [
         jax.jit(functools.partial(update.gradient, model=b.model, c=b.c))(state.params, x, None, state.step)
         for b in (whole, parts)
@@ -105,7 +112,7 @@ def test_mini_batches_are_optimizer_steps_on_slots_in_strides():
     for m in range(2):
         rows = np.flatnonzero(np.repeat(np.arange(P), G) % 2 == m)
         mini = jax.tree.map(lambda a, rows=rows: a[rows], x)
-        grads, _, _ = update.gradient(params, mini, prox[rows], state.step, model=b.model, c=c)
+        grads, _, _ = _setup(batch__mini_batches=2)[3](params, mini, prox[rows], state.step)
         direction, opt_state = b.tx.update(grads, opt_state, params)
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
     assert_close(new.params, params, 2e-5)
@@ -203,7 +210,7 @@ def test_all_presets_but_one_lower_to_the_same_text():
     x, texts = batch(), {}
     for name in ("grpo", "grpo-filter", "dapo", "popo", "popo-ineff", "popo-stale", "popo-pi-old", "popo-kl", "popo-behav"):
         _, b, state = setup(algorithm__name=name)
-        texts[name] = b.train_step.lower(state, x).as_text()
+        texts[name] = tiny.built(b.c).train_step.lower(state, x).as_text()
     same = {texts[n] for n in texts if n != "popo-behav"}
     assert len(same) == 1 and texts["popo-behav"] not in same
 

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from popo_jax.runtime.clocks import Clock
+from popo_jax.runtime.console import describe
+from popo_jax.runtime.signals import stop_wish
+
+
+def test_a_clock_adds_up_across_threads_and_starts_anew():
+    clock = Clock()
+
+    def work():
+        with clock("sample"):
+            time.sleep(0.05)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    with clock("replay"):
+        sum(range(200_000))
+    row = clock.take()
+    assert row["time/sample"] >= 0.1 and 0 < row["cpu/replay"] <= row["cpu/step"] + 1e-3
+    assert set(clock.take()) == {"cpu/replay", "cpu/step"}
+
+
+def test_the_line_leaves_out_what_is_not_there():
+    assert describe({"step": 0, "eval/accuracy": 0.125}) == "held-out 12.5 %"
+    line = describe(
+        {"step": 3, "groups/effective": 0.5, "replay/filled": 16.0, "replay/age_mean": float("nan"), "time/step": 1.0}
+    )
+    assert line == "effective 50 %  replayed 16  1.00 s"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_wish_and_the_second_acts(number):
+    before = signal.getsignal(number)
+    with stop_wish() as wish:
+        assert not wish.is_set()
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert wish.is_set() and signal.getsignal(number) == before
+    assert signal.getsignal(number) == before
