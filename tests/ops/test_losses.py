@@ -102,7 +102,10 @@ def test_gradient_agrees_with_finite_differences(dual_clip):
         logp, prox, behav, A, mask = (x if x.dtype == bool else x.astype(jnp.float64) for x in rows())
         r = np.exp(np.asarray(logp - prox))
         assert min(np.abs(r - bound).min() for bound in (0.8, 1.28, 1.5)) > 1e-3  # away from kinks
-        f = lambda x: surrogate(x, prox, behav, A, mask, dual_clip=dual_clip)
+
+        def f(x):
+            return surrogate(x, prox, behav, A, mask, dual_clip=dual_clip)
+
         assert f(logp).dtype == jnp.float64
         check_grads(f, (logp,), order=1, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
         check_grads(lambda x: k3(x, prox, mask), (logp,), order=1, modes=("rev",), atol=1e-6, rtol=1e-6)

@@ -81,7 +81,7 @@ def reference_gradient(b, params, x: Batch, logp_old):
 
 
 def test_gradient_is_the_decoupled_objectives():
-    c, b, state = setup()
+    _c, b, state = setup()
     x = batch(replayed=(1,), masked=(3,))
     got, _, _ = _setup()[3](state.params, x, None, state.step)
     want = reference_gradient(b, state.params, x, None)
