@@ -81,7 +81,13 @@ def defect(name: str, old: str, new: str, test: str, timeout: float = 60) -> Mut
     return Mutant(name, "pack/value.py", old, new, (f"tests/test_value.py::{test}",), timeout)
 
 
-def test_the_runner_tells_outcomes_apart(project):
+@pytest.fixture
+def quick(monkeypatch):
+    """No plugins in the small project's pytest: half its start-up."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
+def test_the_runner_tells_outcomes_apart(project, quick):
     cases = {
         "caught": ("return 2 * x", "return 3 * x", "test_double"),
         "slow": ("VALUE = 1", "VALUE = 2", "test_slow"),
@@ -90,7 +96,7 @@ def test_the_runner_tells_outcomes_apart(project):
         "name": ("return 2 * x", "return two * x", "test_double"),
         "red": ("VALUE = 1", "VALUE = 2", "test_already_red"),
         "no test": ("VALUE = 1", "VALUE = 2", "test_absent"),
-        "hangs": ("VALUE = 1", "VALUE = 3", "test_hangs", 5),
+        "hangs": ("VALUE = 1", "VALUE = 3", "test_hangs", 3),
         "nowhere": ("VALUE = 7", "VALUE = 2", "test_value"),
     }
     got = mutants.check_all([defect(name, *case) for name, case in cases.items()], project, jobs=2)
@@ -137,8 +143,9 @@ def test_entries_that_are_no_defect_are_refused(project, old, new, why):
     source.write_text(VALUE)
 
 
-def test_the_exit_code(project, capsys):
-    entry = '[[mutant]]\nname = "{}"\nfile = "pack/value.py"\nold = "VALUE = 1"\nnew = "VALUE = 2"\ntest = ["tests/test_value.py::{}"]\n'
+def test_the_exit_code(project, capsys, quick):
+    entry = '[[mutant]]\nname = "{}"\nfile = "pack/value.py"\nold = "VALUE = 1"\nnew = "VALUE = 2"\n'
+    entry += 'test = ["tests/test_value.py::{}"]\n'
     (project / "tests/mutants.toml").write_text(entry.format("good", "test_slow") + entry.format("bad", "test_value"))
     assert mutants.main(["--only", "good"], project) == 0
     assert mutants.main([], project) == 1

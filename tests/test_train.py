@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from popo_jax import train
+from popo_jax.rl.rollout import reference_scorer
 from popo_jax.rl.state import Batch
 from popo_jax.types import UserError, Verdict
 from tests import tiny
@@ -282,3 +283,29 @@ def test_a_stop_wish_ends_the_loop_after_a_saved_step(tmp_path):
     )
     _, progress = train.loop(parts, tiny.state(parts.built), tiny.Progress())
     assert saved == [(2, 2, 8)] and progress.step == 2  # checkpoint k contains store(k)
+
+
+def test_stored_groups_expire_by_the_version_after_the_update(tmp_path):
+    """After update n the buffer holds groups of age max_age at most; one update later they are gone."""
+    c = tiny.config(steps=4, replay__max_age=2)
+    sizes = []
+    go(tmp_path, c, tiny.by_pattern([MIXED, ["all wrong"] * 4]))
+    sizes = [r["replay/size"] for r in rows(tmp_path)]
+    assert sizes == [4, 4, 0, 0]
+
+
+def test_reference_log_probs_are_stored_with_the_group(tmp_path):
+    """With a KL term, logp_ref is computed while a group is fresh, and a replayed slot brings its own."""
+    c = tiny.config(steps=2, loss__kl_coef=0.1)
+    parts = tiny.parts(tmp_path, c, grade=tiny.by_pattern([MIXED, TABLE]))
+    b = parts.built
+    start = tiny.state(b)
+    reference = jax.tree.map(lambda x: x * 1.01, jax.tree.map(np.asarray, start.params))
+    score = reference_scorer(lambda tokens: b.score(reference, tokens), c.row_tokens, c.rows)
+    parts, seen = spied(dataclasses.replace(parts, collect=dataclasses.replace(parts.collect, reference=score)))
+    train.loop(parts, start, tiny.Progress())
+    (_, first, _), (_, batch, out) = seen
+    expected = np.where(batch.sampled_mask, b.score(reference, batch.tokens), 0)
+    np.testing.assert_allclose(batch.logp_ref, expected, atol=1e-5)
+    np.testing.assert_array_equal(batch.logp_ref[4:8], first.logp_ref[:4])
+    assert all(g.logp_ref is not None for g in parts.buffer) and np.isfinite(out.metrics["loss"])

@@ -55,6 +55,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": token(self.eos_ids[0]),
             "pad_token": token(self.pad_id),
+            "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
         }
@@ -63,11 +64,15 @@ class Tokenizer:
 
 
 def characters() -> Tokenizer:
-    """One token per printable ASCII character and newline; everything else is <unk>."""
-    tokens = [PAD, EOS, UNK, "\n", *map(chr, range(32, 127))]
-    core = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token=UNK))
-    core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    core.decoder = decoders.Fuse()
+    """One token per printable ASCII character and newline; every other byte is <unk>.
+
+    Byte-level BPE without merges, because transformers gives any tokenizer beside a Qwen2 model that class.
+    """
+    letters = {"\n": "\u010a", " ": "\u0120"}  # byte-level spelling of what is not visible
+    tokens = [PAD, EOS, UNK, *(letters.get(ch, ch) for ch in ["\n", *map(chr, range(32, 127))])]
+    core = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token=UNK))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
     core.add_special_tokens([PAD, EOS, UNK])
     return Tokenizer(core, (tokens.index(EOS),), tokens.index(PAD))
 

@@ -84,11 +84,11 @@ def test_a_group_with_a_score_that_is_not_finite_is_zero_and_leaks_nowhere(array
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_in_dead_and_invalid_groups(kind):
-    rewards = jnp.array([[0.1, 0.1, 0.1], [0.0, jnp.nan, 1.0], [0.0, 0.5, 1.0]])
+    rewards = jnp.array([[0.1, 0.1, 0.1], [0.0, 0.0, 0.0], [0.0, jnp.nan, 1.0], [0.0, 0.5, 1.0]])
     grads = jax.grad(lambda r: jnp.sum(group_advantages(r, kind=kind) * jnp.array([0.0, 1.0, 4.0])))(rewards)
     assert np.isfinite(grads).all()
-    np.testing.assert_array_equal(grads[:2], 0)
-    assert np.abs(grads[2]).max() > 0.1
+    np.testing.assert_array_equal(grads[:3], 0)
+    assert np.abs(grads[3]).max() > 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -93,10 +93,8 @@ def test_gradient_is_the_decoupled_objectives():
 def test_micro_batches_equal_the_whole(aggregation):
     x = batch(replayed=(2,))
     state = setup()[2]
-    got = [
-        jax.jit(functools.partial(update.gradient, model=b.model, c=b.c))(state.params, x, None, state.step)
-        for b in (whole, parts)
-    ]
+    kw = {"loss__aggregation": aggregation, "loss__entropy_coef": 0.01}
+    got = [_setup(**kw, **more)[3](state.params, x, None, state.step) for more in ({}, {"batch__micro_batch": 4})]
     assert_close(got[0][0], got[1][0], 1e-5)
     assert_close(got[0][2], got[1][2], 1e-5)
     assert got[0][1]["loss"] == pytest.approx(float(got[1][1]["loss"]), abs=1e-6)
