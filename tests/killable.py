@@ -45,6 +45,8 @@ def arm(point: str, step: int) -> None:
 
     def save(self: Any, at: int, **kw: Any) -> None:
         real_save(self, at, **kw)
+        if at < step:
+            self.wait()  # a step here takes milliseconds: let the saves before the chosen one be committed
         if at == step and point == "mid-save":
             die()
         if at == step and point == "after-commit":

@@ -128,7 +128,7 @@ def test_killed_at_a_random_time(config, whole, tmp_path, seed):
     run, rng = tmp_path / "run", np.random.default_rng(seed)
     process = start(config, "never", 0, str(config), "--run-dir", str(run))
     deadline = time.monotonic() + 120
-    while not any((run / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
+    while not any(p.name.isdigit() for p in (run / "checkpoints").glob("*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(float(rng.uniform(0, 1.0)))
     process.kill()

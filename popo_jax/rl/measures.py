@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from popo_jax.config import Config
+from popo_jax.ops.losses import k3, ratios, weights
 from popo_jax.rl.state import Batch
 
-_LIMIT = 20.0
 _RATIOS = {
     "entropy": ("entropy", "tokens"),
     "clip/low_fresh": ("low_fresh", "n_fresh"),
@@ -43,8 +43,8 @@ def sums(
     mask, fresh = batch.token_mask, batch.fresh[:, None]
     is_fresh, is_replayed = mask & fresh, mask & ~fresh
     own = batch.sampled_mask & (batch.version == step)[:, None]
-    ratio = jnp.exp(_safe(logp - centre, mask))
-    w = jnp.where(is_replayed, jnp.exp(_safe(centre - behav, is_replayed)), 0.0)
+    ratio = ratios(logp, centre, mask)
+    w = jnp.where(is_replayed, weights(centre, behav, is_replayed), 0.0)
     low = (batch.adv[:, None] < 0) & (ratio < 1 - c.loss.clip_low)
     high = (batch.adv[:, None] > 0) & (ratio > 1 + c.loss.clip_high)
     gap = jnp.where(own, jnp.abs(batch.logp_sampler - prox), 0.0)
@@ -59,8 +59,8 @@ def sums(
         "high_fresh": total(high, is_fresh),
         "low_replayed": total(low, is_replayed),
         "high_replayed": total(high, is_replayed),
-        "kl_proximal": total(_k3(_safe(prox - logp, is_fresh)), is_fresh),
-        "kl_behaviour": total(_k3(_safe(logp - batch.logp_behav, is_replayed)), is_replayed),
+        "kl_proximal": jnp.sum(k3(logp, prox, is_fresh)),
+        "kl_behaviour": jnp.sum(k3(batch.logp_behav, logp, is_replayed)),
         "weight": total(jnp.minimum(w, c.weight.cap), is_replayed),
         "capped": total(w > c.weight.cap, is_replayed),
         "w": total(w, is_replayed),
@@ -89,11 +89,3 @@ def finish(s: dict[str, Array]) -> dict[str, Array]:
     out["weight/ess"] = over(jnp.sum(s["w"]) ** 2, jnp.sum(s["n_replayed"]) * jnp.sum(s["w2"]))
     out |= {f"update/{k}": jnp.sum(s[k]).astype(jnp.float32) for k in ("skipped", "nonfinite", "tokens")}
     return out
-
-
-def _safe(d: Array, where: Array) -> Array:
-    return jnp.clip(jnp.where(where, d, 0.0), -_LIMIT, _LIMIT)
-
-
-def _k3(d: Array) -> Array:
-    return jnp.exp(d) - 1 - d
