@@ -78,14 +78,14 @@ def add(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
 
 def finish(s: dict[str, Array]) -> dict[str, Array]:
     """Metrics from the sums of all mini-batches, each [M]: token-weighted means, maxima, counts. NaN where n is 0."""
-    weights = s["tokens"]
+    tokens = s["tokens"]
 
     def over(a: Array, n: Array) -> Float[Array, ""]:
         return jnp.where(n > 0, a / jnp.maximum(n, 1e-30), jnp.nan)
 
     out = {k: over(jnp.sum(s[a]), jnp.sum(s[n])) for k, (a, n) in _RATIOS.items()}
     out |= {k: jnp.where(jnp.sum(s[n]) > 0, jnp.max(s[a]), jnp.nan) for k, (a, n) in _MAXIMA.items()}
-    out |= {k: over(jnp.sum(s[k] * weights), jnp.sum(weights)) for k in ("loss", "grad_norm", "update_norm")}
+    out |= {k: over(jnp.sum(s[k] * tokens), jnp.sum(tokens)) for k in ("loss", "grad_norm", "update_norm")}
     out["weight/ess"] = over(jnp.sum(s["w"]) ** 2, jnp.sum(s["n_replayed"]) * jnp.sum(s["w2"]))
     out |= {f"update/{k}": jnp.sum(s[k]).astype(jnp.float32) for k in ("skipped", "nonfinite", "tokens")}
     return out

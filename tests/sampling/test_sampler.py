@@ -117,6 +117,8 @@ def test_every_row_and_step_has_its_own_key(built, params, prompts):
     one = [prompts[0]] * 3
     r = make(built, eos_ids=())(params, one, KEY, version=0)
     assert len({row.tobytes() for row in r.tokens}) == len(r.tokens)
+    flat = make(built, eos_ids=())(jax.tree.map(jnp.zeros_like, params), one, KEY, version=0)  # all tokens alike
+    assert min(len(set(row)) for row in flat.tokens) > 5
     other = make(built, eos_ids=())(params, one, jax.random.key(8), version=0)
     assert (r.tokens != other.tokens).any(axis=1).mean() > 0.9
 
