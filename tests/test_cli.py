@@ -156,6 +156,15 @@ def test_a_run_leaves_what_it_promises(run):
     assert "fingerprints" in yaml.safe_load((run / "config.yaml").read_text())
 
 
+def test_without_a_run_dir_runs_are_numbered(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "grade_all", luck)
+    monkeypatch.chdir(tmp_path)
+    for name in ("countdown-popo-s0", "countdown-popo-s0-2"):
+        assert cli.main(["train", "c.yaml", "--steps", "2"]) == 0
+        assert json.loads((tmp_path / "runs" / name / "summary.json").read_text())["finished"]
+        assert cli.main(["inspect", f"runs/{name}"]) == 0
+
+
 def test_its_config_repeats_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "grade_all", luck)
     assert cli.main(["train", str(run / "config.yaml"), "--run-dir", str(tmp_path / "again")]) == 0

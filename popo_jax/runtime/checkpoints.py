@@ -55,7 +55,7 @@ class Checkpoints:
     """The checkpoints of a run. Errors: UserError for a full disk, and for a damaged checkpoint with the newest whole one."""
 
     def __init__(self, directory: epath.PathLike, *, keep_last: int, keep_best: int):
-        self.directory = epath.Path(directory)
+        self.directory = epath.Path(directory).resolve()  # orbax takes absolute paths only
         keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
         if keep_best:
             keep.append(policies.BestN(get_metric_fn=_score, reverse=False, n=keep_best, keep_checkpoints_without_metrics=False))

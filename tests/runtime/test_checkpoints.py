@@ -45,6 +45,13 @@ def test_what_is_saved_is_restored(three):
     assert (three / "3" / "replay" / "replay.npz").exists()
 
 
+def test_a_relative_directory_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints("runs/c", keep_last=1, keep_best=0) as c:
+        c.save(1, state=state(1), replay=REPLAY, meta={}, score=None)
+    assert (tmp_path / "runs" / "c" / "1" / "state").exists()
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     scores = [0.1, 0.9, None, 0.3, 0.2, 0.25]
     with Checkpoints(tmp_path / "c", keep_last=2, keep_best=1) as c:
