@@ -63,6 +63,16 @@ class InspectArgs:
     run: tyro.conf.Positional[Path]
 
 
+_OS_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "must be writable and readable, got no permission",
+    errno.EPERM: "must be writable and readable, got no permission",
+    errno.EROFS: "must be writable, got a read-only file system",
+    errno.ENOTDIR: "must be a directory all the way, got a file on the path",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done (or stopped and saved), 2 bad input told in one sentence."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -84,10 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno not in _OS_ERRORS:
             raise
-        print(f"error: the disk is full: {e.filename or e}; what was saved before is whole", file=sys.stderr)
+        print(f"error: {e.filename or 'a file'}: {_OS_ERRORS[e.errno]}; what was saved before is whole", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; what was saved before is whole", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -297,9 +297,8 @@ def resolve(c: Config) -> Config:
     if c.algorithm.preset.order != "priority":  # eviction follows the same order
         replay = dataclasses.replace(replay, quality="uniform", selection="top")
     c = dataclasses.replace(c, replay=replay)
-    for key, value, test, expected in _ranges(c):
-        if not test:
-            raise UserError(f"{key} must {expected}, got {value}")
+    for sentence in _broken_rules(c):
+        raise UserError(sentence)
     return c
 
 
@@ -351,82 +350,78 @@ def why_unread(key: str, unread_keys: Mapping[str, str]) -> str | None:
     return next((why for k, why in unread_keys.items() if key == k or key.startswith(k + ".")), None)
 
 
-def _ranges(c: Config) -> list[tuple[str, Any, bool, str]]:
-    """(key, value, holds, what it must) for every setting with a range."""
-    s, b, r, lo, o, p = c.sample, c.batch, c.replay, c.loss, c.optim, c.algorithm.preset
-    rows: list[tuple[str, Any, bool, str]] = []
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "be at least 1",
+        lambda v: v >= 1,
+        "steps batch.prompts batch.mini_batches batch.micro_batch sample.max_prompt_tokens sample.max_response_tokens "
+        "sample.chunk sample.top_k eval.every eval.problems eval.samples checkpoint.every checkpoint.keep_last "
+        "algorithm.max_rounds algorithm.dead_steps replay.min_age replay.max_uses replay.candidates mesh.data mesh.fsdp "
+        "mesh.tensor model.vocab_size model.layers model.width model.heads model.kv_heads model.mlp warm_start.steps "
+        "warm_start.batch",
+    ),
+    (
+        "be at least 0",
+        lambda v: v >= 0,
+        "seed replay.capacity loss.kl_coef loss.entropy_coef optim.warmup_steps optim.weight_decay checkpoint.keep_best "
+        "eval.temperature warm_start.seed",
+    ),
+    (
+        "be above 0",
+        lambda v: v > 0,
+        "sample.temperature weight.cap replay.half_life optim.learning_rate optim.grad_clip optim.eps loss.clip_high "
+        "warm_start.learning_rate model.rope_theta model.rms_eps",
+    ),
+    ("be above 1, or null for off", lambda v: v > 1, "loss.dual_clip"),
+    ("lie in (0, 1)", lambda v: 0 < v < 1, "loss.clip_low optim.b1 optim.b2"),
+    ("lie in (0, 1]", lambda v: 0 < v <= 1, "sample.top_p eval.top_p"),
+    ("lie in [0, 1]", lambda v: 0 <= v <= 1, "warm_start.right"),
+)
+"""What a setting must do, the test, the dotted keys. None passes."""
 
-    def need(key: str, value: Any, test: bool, expected: str) -> None:
-        rows.append((key, value, bool(test), expected))
 
-    def at_least(least: float, **values: float | None) -> None:
-        for key, value in values.items():
-            key = key.replace("__", ".")
-            need(key, value, value is None or (math.isfinite(value) and value >= least), f"be at least {least}")
-
-    def positive(**values: float) -> None:
-        for key, value in values.items():
-            need(key.replace("__", "."), value, math.isfinite(value) and value > 0, "be above 0")
-
-    at_least(1, steps=c.steps, batch__prompts=b.prompts, batch__group_size=b.group_size, batch__mini_batches=b.mini_batches)
-    at_least(1, batch__micro_batch=b.micro_batch, sample__max_prompt_tokens=s.max_prompt_tokens, sample__chunk=s.chunk)
-    at_least(1, sample__max_response_tokens=s.max_response_tokens, sample__top_k=s.top_k, eval__every=c.eval.every)
-    at_least(1, eval__problems=c.eval.problems, eval__samples=c.eval.samples, checkpoint__every=c.checkpoint.every)
-    at_least(1, checkpoint__keep_last=c.checkpoint.keep_last, algorithm__max_rounds=c.algorithm.max_rounds)
-    at_least(1, algorithm__dead_steps=c.algorithm.dead_steps, replay__min_age=r.min_age, replay__max_uses=r.max_uses)
-    at_least(1, mesh__data=c.mesh.data, mesh__fsdp=c.mesh.fsdp, mesh__tensor=c.mesh.tensor, model__layers=c.model.layers)
-    at_least(1, model__width=c.model.width, model__heads=c.model.heads, model__kv_heads=c.model.kv_heads, model__mlp=c.model.mlp)
-    at_least(1, warm_start__steps=c.warm_start.steps, warm_start__batch=c.warm_start.batch, replay__candidates=r.candidates)
-    at_least(0, seed=c.seed, replay__capacity=r.capacity, loss__kl_coef=lo.kl_coef, loss__entropy_coef=lo.entropy_coef)
-    at_least(
-        0, optim__warmup_steps=o.warmup_steps, optim__weight_decay=o.weight_decay, checkpoint__keep_best=c.checkpoint.keep_best
-    )
-    at_least(0, eval__temperature=c.eval.temperature)
-    positive(sample__temperature=s.temperature, weight__cap=c.weight.cap, replay__half_life=r.half_life)
-    positive(optim__learning_rate=o.learning_rate, optim__grad_clip=o.grad_clip, optim__eps=o.eps)
-    positive(warm_start__learning_rate=c.warm_start.learning_rate)
-    for key, v in {"loss.clip_low": lo.clip_low, "optim.b1": o.b1, "optim.b2": o.b2}.items():
-        need(key, v, 0 < v < 1, "lie in (0, 1)")
-    need("loss.clip_high", lo.clip_high, 0 < lo.clip_high < math.inf, "be above 0")
-    need("warm_start.right", c.warm_start.right, 0 <= c.warm_start.right <= 1, "lie in [0, 1]")
-    need("loss.dual_clip", lo.dual_clip, lo.dual_clip is None or lo.dual_clip > 1, "be above 1, or null for off")
-    for key, v in {"sample.top_p": s.top_p, "eval.top_p": c.eval.top_p}.items():
-        need(key, v, 0 < v <= 1, "lie in (0, 1]")
-    need("eval.samples", c.eval.samples, c.eval.samples == 1 or c.eval.temperature > 0, "be 1 when eval.temperature is 0")
-    need(
-        "batch.group_size",
-        b.group_size,
-        b.group_size > 1,
-        f"be at least 2: {c.algorithm.advantages} advantages compare the responses of a group",
-    )
-    need("batch.mini_batches", b.mini_batches, b.prompts % b.mini_batches == 0, f"divide batch.prompts ({b.prompts})")
-    mini = b.prompts // b.mini_batches * b.group_size
-    need(
-        "batch.micro_batch",
-        b.micro_batch,
-        b.micro_batch is None or mini % b.micro_batch == 0,
-        f"divide the rows of a mini-batch ({mini})",
-    )
-    need(
-        "sample.max_rows",
-        s.max_rows,
-        s.max_rows is None or s.max_rows >= b.group_size,
-        f"hold a whole group ({b.group_size} rows)",
-    )
-    need(
-        "model.heads",
-        c.model.heads,
-        c.model.heads % max(c.model.kv_heads, 1) == 0,
-        f"be a multiple of model.kv_heads ({c.model.kv_heads})",
-    )
-    need("model.head_dim", c.model.head_dim, c.model.head_dim > 0 and c.model.head_dim % 2 == 0, "be even")
-    need("tasks", list(c.tasks), len(c.tasks) > 0, "name at least one task")
+def _broken_rules(c: Config) -> Iterator[str]:
+    """A sentence for every setting that is out of range, or does not go with another."""
+    values = plain.dotted(plain.to_plain(c))
+    for expected, holds, keys in _RANGES:
+        for key in keys.split():
+            v = values[key]
+            if v is not None and not (math.isfinite(v) and holds(v)):
+                yield f"{key} must {expected}, got {v}"
+    if not c.tasks or len({t.name for t in c.tasks}) < len(c.tasks):
+        yield f"tasks must name at least one task, each once, got {[t.name for t in c.tasks]}"
     for i, t in enumerate(c.tasks):
-        need(f"tasks.{i}.weight", t.weight, math.isfinite(t.weight) and t.weight > 0, "be above 0")
-    need("tasks", [t.name for t in c.tasks], len({t.name for t in c.tasks}) == len(c.tasks), "name each task once")
-    if p.slots == "replay":
-        need("replay.max_age", r.max_age, r.max_age >= r.min_age, f"be at least replay.min_age ({r.min_age})")
-        full = f"with algorithm {c.algorithm.name}, which weighs by log-probs of the full distribution"
-        need("sample.top_p", s.top_p, s.top_p == 1, f"be 1.0 {full}")
-        need("sample.top_k", s.top_k, s.top_k is None, f"be off {full}")
-    return rows
+        if not (math.isfinite(t.weight) and t.weight > 0):
+            yield f"tasks.{i}.weight must be above 0, got {t.weight}"
+    yield from _broken_relations(c)
+
+
+def _broken_relations(c: Config) -> Iterator[str]:
+    b, s, r, m, p = c.batch, c.sample, c.replay, c.model, c.algorithm.preset
+    mini = b.prompts // b.mini_batches * b.group_size
+    full = f"with algorithm {c.algorithm.name}, which weighs by log-probs of the full distribution"
+    rules = (
+        (
+            b.group_size > 1,
+            f"batch.group_size must be at least 2: {c.algorithm.advantages} advantages compare a group, got {b.group_size}",
+        ),
+        (b.prompts % b.mini_batches == 0, f"batch.mini_batches must divide batch.prompts ({b.prompts}), got {b.mini_batches}"),
+        (
+            b.micro_batch is None or mini % b.micro_batch == 0,
+            f"batch.micro_batch must divide the rows of a mini-batch ({mini}), got {b.micro_batch}",
+        ),
+        (
+            s.max_rows is None or s.max_rows >= b.group_size,
+            f"sample.max_rows must hold a group ({b.group_size} rows), got {s.max_rows}",
+        ),
+        (
+            c.eval.samples == 1 or c.eval.temperature > 0,
+            f"eval.samples must be 1 when eval.temperature is 0, got {c.eval.samples}",
+        ),
+        (m.heads % m.kv_heads == 0, f"model.heads must be a multiple of model.kv_heads ({m.kv_heads}), got {m.heads}"),
+        (m.head_dim > 0 and m.head_dim % 2 == 0, f"model.head_dim must be even and above 0, got {m.head_dim}"),
+        (r.max_age >= r.min_age, f"replay.max_age must be at least replay.min_age ({r.min_age}), got {r.max_age}"),
+        (p.slots != "replay" or s.top_p == 1, f"sample.top_p must be 1.0 {full}, got {s.top_p}"),
+        (p.slots != "replay" or s.top_k is None, f"sample.top_k must be off {full}, got {s.top_k}"),
+    )
+    yield from (sentence for holds, sentence in rules if not holds)

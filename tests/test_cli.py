@@ -97,6 +97,10 @@ def test_bad_problem_files(config, capsys, tmp_path, name, text, says):
     assert says in refused(capsys, "train", config, "--run-dir", tmp_path / "run")
 
 
+def test_a_run_directory_below_a_file(config, capsys, tmp_path):
+    assert "a file on the path" in refused(capsys, "train", config, "--run-dir", config / "run")
+
+
 def test_a_file_may_hold_what_the_algorithm_does_not_read(config):
     said: list[str] = []
     config.write_text(yaml.safe_dump(tiny.BASE | {"replay": {"max_age": 5}}))
