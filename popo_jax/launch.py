@@ -92,7 +92,7 @@ def _go(
     console.banner(c, sum(x.size for x in jax.tree.leaves(built.abstract_state.params)), jax.devices(), counts)
     clock, journal = Clock(), Journal(run, Loggers(c.loggers, run.path, plain.to_plain(c)), console)
     stream, decode = PromptStream(sources.train, seed=c.seed), policy.tokenizer.decode
-    collect = Collector(c, built.rollout_sampler(), grade_all, decode, stream, reference, clock)
+    collect = Collector(c, built.rollout_sampler(), grade_all, decode, stream, reference, Clock)
     score = _evaluator(c, built, policy, sources, clock)
     with stop_wish() as wish, _checkpoints(c, run) as checkpoints, console:
 
@@ -103,7 +103,7 @@ def _go(
 
         parts = train.Parts(c, built, collect, start.buffer, score, journal, clock, save, wish.is_set)
         began = time.monotonic()
-        if start.progress.step == 0:
+        if not run.metrics.rows():
             journal.row({"step": 0} | score(start.state.params, 0))
         _, progress = train.loop(parts, start.state, start.progress)
         checkpoints.wait()

@@ -54,14 +54,14 @@ class RunDir:
     def rewind(self, step: int) -> None:
         """Rows, files and checkpoints beyond `step` move to discarded/."""
         discarded = self.path / "discarded"
-        for writer in (self.metrics, self.samples, self.replays):
-            writer.rewind(step, discarded)
         later = [p for p in (self.path / "checkpoints").iterdir() if p.name.isdigit() and int(p.name) > step]
         if later:
             target = unused(discarded, f"checkpoints-{step:06d}", "")
             target.mkdir(parents=True)
-            for p in later:
+            for p in sorted(later, key=lambda p: -int(p.name)):
                 p.rename(target / p.name)
+        for writer in (self.metrics, self.samples, self.replays):  # after the checkpoints, which say what must be there
+            writer.rewind(step, discarded)
 
 
 def create(c: Config) -> RunDir:

@@ -52,10 +52,13 @@ class Parts:
 
 def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
     """Train from `progress` to the last step, or to the end of the step in which a stop is wished for."""
-    c, first = parts.c, progress.step
+    c, checked, stop = parts.c, False, parts.stopping()
+    if stop and progress.step == 0:
+        parts.save(state, progress, None)
+    if stop or progress.step >= c.steps:
+        return state, progress
     with ThreadPoolExecutor(1, "rollout") as worker:
         pending = worker.submit(parts.collect, state.params, progress.step, progress.position)
-        stop = parts.stopping()
         while progress.step < c.steps and not stop:
             began = time.monotonic()
             rollout: Rollout = pending.result()
@@ -73,11 +76,13 @@ def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainStat
             with parts.clock("update"):
                 metrics = {k: float(v) for k, v in fetch(out.metrics).items()}
             progress = advance(progress, rollout, metrics, c)
-            check_step(metrics, progress, c, first=progress.step == first + 1)
             replayed = store(parts, rollout, plan, out, progress.step)
-            parts.journal.step(
-                progress, rollout, plan, replayed | metrics | scores | parts.clock.take(), time.monotonic() - began
-            )
+            times = parts.clock.take() | rollout.seconds
+            parts.journal.step(progress, rollout, plan, replayed | metrics | scores | times, time.monotonic() - began)
+            if not checked and not plan.replaced.all():  # some row was sampled by these parameters
+                check_agreement(metrics, progress, c)
+                checked = True
+            check_progress(progress, c)
             stop = parts.stopping()
             if step % c.checkpoint.every == 0 or step == c.steps or stop:
                 parts.save(state, progress, scores.get("eval/accuracy"))
@@ -137,14 +142,19 @@ def advance(progress: Progress, rollout: Rollout, metrics: dict[str, float], c: 
     )
 
 
-def check_step(metrics: dict[str, float], progress: Progress, c: Config, *, first: bool) -> None:
-    """Errors: UserError when the run cannot go on: sampler and trainer disagree, no signal, no finite loss."""
+def check_agreement(metrics: dict[str, float], progress: Progress, c: Config) -> None:
+    """Errors: UserError when sampler and trainer disagree. Top-k and top-p change the sampler's log-probs by intent."""
     limit = MISMATCH_LIMIT[c.model.dtype]
-    if first and not metrics["mismatch/mean"] <= limit:
+    full = c.sample.top_k is None and c.sample.top_p == 1
+    if full and not metrics["mismatch/mean"] <= limit:
         raise UserError(
             f"step {progress.step}: sampler and trainer must agree on log-probs within {limit} on average ({c.model.dtype}), "
             f"got {metrics['mismatch/mean']:.3g}"
         )
+
+
+def check_progress(progress: Progress, c: Config) -> None:
+    """Errors: UserError when the run cannot go on: no signal, or no finite loss, for too many steps in a row."""
     if progress.dead_steps >= c.algorithm.dead_steps:
         raise UserError(
             f"step {progress.step}: {progress.dead_steps} steps in a row without one effective group, which looks like a dead "

@@ -309,3 +309,43 @@ def test_reference_log_probs_are_stored_with_the_group(tmp_path):
     np.testing.assert_allclose(batch.logp_ref, expected, atol=1e-5)
     np.testing.assert_array_equal(batch.logp_ref[4:8], first.logp_ref[:4])
     assert all(g.logp_ref is not None for g in parts.buffer) and np.isfinite(out.metrics["loss"])
+
+
+def test_a_first_step_without_a_fresh_row_is_no_mismatch(tmp_path):
+    """A loop that starts, as after a resume, with every slot replayed."""
+    parts = tiny.parts(tmp_path, tiny.config(steps=3), grade=tiny.by_pattern([MIXED, ["all wrong"] * 4]))
+    state, progress = train.loop(stopped(parts, 1), tiny.state(parts.built), tiny.Progress())
+    assert progress.step == 1
+    _, progress = train.loop(parts, state, progress)
+    assert progress.step == 3 and rows(tmp_path)[1]["replay/filled"] == 4 and rows(tmp_path)[1]["mismatch/mean"] is None
+
+
+def stopped(parts: train.Parts, after: int) -> train.Parts:
+    """The parts, with a wish to stop after so many steps."""
+    asked = iter([False] * after + [True])
+    return dataclasses.replace(parts, stopping=lambda: next(asked))
+
+
+@pytest.mark.parametrize("kw", [{"sample__top_p": 0.9}, {"sample__top_k": 5}])
+def test_grpo_may_sample_with_top_p_or_top_k(tmp_path, kw):
+    c = tiny.config(steps=1, algorithm__name="grpo", **kw)
+    _, progress, _ = tiny.run(tmp_path, c, grade=tiny.by_pattern([MIXED]))
+    assert progress.step == 1 and rows(tmp_path)[0]["mismatch/mean"] > 1e-3
+
+
+def test_a_stop_before_the_first_step_saves_step_0_and_samples_nothing(tmp_path):
+    parts = tiny.parts(tmp_path, tiny.config(), grade=lambda _: pytest.fail("sampled"))
+    saved = []
+    parts = dataclasses.replace(parts, save=lambda s, p, _: saved.append(p.step), stopping=lambda: True)
+    assert train.loop(parts, tiny.state(parts.built), tiny.Progress())[1].step == 0 and saved == [0]
+
+
+def test_ids_stay_unique_when_a_resumed_run_takes_fewer_prompts(tmp_path):
+    parts = tiny.parts(tmp_path, tiny.config(steps=2), grade=tiny.by_pattern([MIXED]))
+    state, progress = train.loop(parts, tiny.state(parts.built), tiny.Progress())
+    c = tiny.config(steps=6, batch__prompts=2)
+    fewer = tiny.parts(tmp_path, c, grade=tiny.by_pattern([["mixed"] * 2]))
+    fewer = dataclasses.replace(fewer, buffer=parts.buffer)
+    train.loop(fewer, state, progress)
+    ids = [g for p in (tmp_path / "samples").glob("*.parquet") for g in set(pq.read_table(p)["group_id"].to_pylist())]
+    assert len(ids) == len(set(ids)) == 2 * 4 + 4 * 2

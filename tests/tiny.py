@@ -66,7 +66,7 @@ def parts(path: Path, c: Config, *, grade: Callable[..., list[Verdict]] = grade_
     clock, run = Clock(), RunDir.at(path)
     sources = problems.load(c, TOKENIZER)
     stream = PromptStream(sources.train, seed=c.seed)
-    collect = Collector(c, b.rollout_sampler(), grade, TOKENIZER.decode, stream, None, clock)
+    collect = Collector(c, b.rollout_sampler(), grade, TOKENIZER.decode, stream, None, Clock)
     book = journal.Journal(run, Loggers((), run.path, {}), Console())
     nothing = lambda *_: None  # noqa: E731
     return train.Parts(c, b, collect, Buffer(c.replay), lambda *_: {}, book, clock, nothing, lambda: False)

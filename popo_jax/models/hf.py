@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -125,6 +126,7 @@ def save(
     save_config(folder, c, eos_ids=eos_ids, pad_id=pad_id, bos_id=bos_id)
 
 
+@functools.cache
 def _abstract(c: ModelConfig) -> Params:
     return jax.eval_shape(Decoder(dataclasses.replace(c, linear="plain")).init, jax.random.key(0))
 

@@ -32,6 +32,8 @@ class Rollout:
     """Of `groups`."""
     position: int
     """Of the data stream, after this step's prompts."""
+    seconds: dict[str, float]
+    """`time/sample` and `time/grade`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,8 @@ class Collector:
     """(position, n) -> the n prompts from there on."""
     reference: Callable[[list[Group]], list[Group]] | None
     """Adds logp_ref to fresh groups, if the loss has a KL term."""
-    timer: Callable[[str], Any]
+    timer: Callable[[], Any]
+    """A new clock: `with clock(section):`, `clock.take()`. One a step, since steps overlap in time."""
 
     def __call__(self, params: Any, step: int, position: int) -> Rollout:
         """Groups of train step `step` (updates applied so far), from data position `position` on."""
@@ -54,23 +57,25 @@ class Collector:
         P, resample = self.c.batch.prompts, self.c.algorithm.preset.slots == "resample"
         groups: list[Group] = []
         prompts: list[Prompt] = []
+        clock = self.timer()
         for round_ in range(self.c.algorithm.max_rounds if resample else 1):
             new = self.prompts(position, P)
+            groups += self._round(params, new, step, round_, position, clock)
             position += P
             prompts += new
-            groups += self._round(params, new, step, round_, len(groups))
             if sum(g.effective for g in groups) >= P:
                 break
         slots = choose_slots(groups, P) if resample else groups
-        return Rollout(tuple(slots), tuple(groups), tuple(prompts), position)
+        seconds = {k: v for k, v in clock.take().items() if k.startswith("time/")}
+        return Rollout(tuple(slots), tuple(groups), tuple(prompts), position, seconds)
 
-    def _round(self, params: Any, prompts: list[Prompt], step: int, round_: int, before: int) -> list[Group]:
+    def _round(self, params: Any, prompts: list[Prompt], step: int, round_: int, position: int, clock: Any) -> list[Group]:
+        """A group's id is its prompt's position in the stream: unique in a run, whatever is changed on resume."""
         key = key_for(self.c.seed, Purpose.SAMPLE, step, round_)
-        with self.timer("sample"):
+        with clock("sample"):
             responses = self.sample(params, [p.tokens for p in prompts], key, version=step)
-        with self.timer("grade"):
-            first = step * self.c.algorithm.max_rounds * self.c.batch.prompts + before
-            groups = grade_groups(prompts, responses, self.grade, self.decode, c=self.c, first_id=first)
+        with clock("grade"):
+            groups = grade_groups(prompts, responses, self.grade, self.decode, c=self.c, first_id=position)
         return self.reference(groups) if self.reference else groups
 
 
