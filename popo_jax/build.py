@@ -23,6 +23,7 @@ from popo_jax.rl.optim import make_tx
 from popo_jax.rl.state import Batch, Params, StepOut, TrainState
 from popo_jax.rl.supervised import supervised_step
 from popo_jax.sampling.sampler import Decoding, Sampler
+from popo_jax.types import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,12 @@ class Built:
 
 
 def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mesh: Mesh) -> Built:
-    """Everything compiled for one policy on one mesh; nothing is compiled yet."""
+    """Everything compiled for one policy on one mesh; nothing is compiled yet. Errors: UserError if rows do not shard."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if c.rows % shards:
+        raise UserError(
+            f"mesh: data x fsdp ({shards}) must divide the rows of a batch (batch.prompts x batch.group_size), got {c.rows}"
+        )
     model = Decoder(resolve_linear(model_config, mesh.devices.flat[0].platform))
     tx = make_tx(c.optim)
     abstract = abstract_state(model, tx, mesh)
@@ -102,7 +108,9 @@ def abstract_state(model: Decoder, tx: optax.GradientTransformation, mesh: Mesh)
 def _scorer(c: Config, model: Decoder, params: Any, rows: NamedSharding) -> Callable[[Params, Any], jax.Array]:
     @functools.partial(jax.jit, in_shardings=(params, rows), out_shardings=rows)
     def score(params: Params, tokens: jax.Array) -> jax.Array:
-        n = 1 if c.batch.micro_batch is None else max(tokens.shape[0] // c.batch.micro_batch, 1)
+        rows = tokens.shape[0]
+        n = 1 if c.batch.micro_batch is None else max(rows // c.batch.micro_batch, 1)
+        n = next(i for i in range(n, rows + 1) if rows % i == 0)  # candidates' rows need not be a multiple
         return update.score(params, tokens, model=model, temperature=c.sample.temperature, parts=n)
 
     return score

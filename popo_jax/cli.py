@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-import yaml
 
 from popo_jax import plain
-from popo_jax.config import Config, from_dict, resolve, unread, why_unread
+from popo_jax.config import Config, from_dict, resolve, unread, why_unread, without_preset
 from popo_jax.types import UserError
 
 USAGE = """usage: popo COMMAND ...
@@ -63,16 +62,6 @@ class InspectArgs:
     run: tyro.conf.Positional[Path]
 
 
-_OS_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "must be writable and readable, got no permission",
-    errno.EPERM: "must be writable and readable, got no permission",
-    errno.EROFS: "must be writable, got a read-only file system",
-    errno.ENOTDIR: "must be a directory all the way, got a file on the path",
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done (or stopped and saved), 2 bad input told in one sentence."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -94,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except OSError as e:
-        if e.errno not in _OS_ERRORS:
+        if e.errno is None or e.filename is None:
             raise
-        print(f"error: {e.filename or 'a file'}: {_OS_ERRORS[e.errno]}; what was saved before is whole", file=sys.stderr)
+        print(f"error: {e.filename}: {os.strerror(e.errno).lower()}; what was saved before is whole", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; what was saved before is whole", file=sys.stderr)
@@ -104,24 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """Nested plain data of a YAML file."""
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} must be a readable config file: {getattr(e, 'strerror', None) or e}") from e
-    except yaml.YAMLError as e:
-        raise UserError(f"{path} must be YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold settings as a mapping, got {type(data).__name__ if data is not None else 'nothing'}")
-    return data
-
-
 def parse_config(path: str | None, overrides: Sequence[str], say: Callable[[str], None]) -> Config:
     """Defaults < preset < file < command line, checked. Keys the algorithm does not read: refused here, noticed in a file."""
-    data = {} if path is None else read_config(path)
+    data = {} if path is None else plain.read_mapping(path)
     of_a_run = data.pop("fingerprints", None) is not None  # complete, so it names every key
     given = _given_keys(overrides)
+    if of_a_run:
+        data = without_preset(data, given.get("algorithm.name"))
     if "algorithm.name" in given:
         section = data.get("algorithm")
         data["algorithm"] = (section if isinstance(section, dict) else {}) | {"name": given["algorithm.name"]}
@@ -176,6 +154,8 @@ def _train(args: list[str]) -> None:
 
     console = Console()
     if resume is None:
+        if from_step is not None:
+            raise UserError(f"popo train: --from-step {from_step} goes with --resume RUN")
         if path is None and "--help" not in rest and "-h" not in rest:
             raise UserError("popo train: expected a config file or --resume RUN, got neither")
         c = parse_config(path, rest, console.say)

@@ -282,10 +282,27 @@ def from_dict(data: Mapping[str, Any], where: str = "config") -> Config:
     data = dict(data)
     if isinstance(data.get("algorithm"), str):
         data["algorithm"] = {"name": data["algorithm"]}
-    name = (data.get("algorithm") or {}).get("name", AlgorithmConfig.name)
-    if name not in PRESETS:
+    section = data.get("algorithm", {})
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where}: algorithm must be a name or a mapping, got {section!r}")
+    name = section.get("name", AlgorithmConfig.name)
+    if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"{where}: algorithm must be one of {', '.join(PRESETS)}, got {name!r}{plain.nearest(name, PRESETS)}")
     return plain.build(Config, plain.merge(plain.nest(PRESETS[name].overrides), data), where)
+
+
+def without_preset(data: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """A resolved run's data, to be repeated with algorithm `name`: without the replay settings that presets decide."""
+    section = data.get("algorithm")
+    if (
+        name is None
+        or not isinstance(section, Mapping)
+        or name == section.get("name")
+        or not isinstance(data.get("replay"), Mapping)
+    ):
+        return dict(data)
+    decided = {"capacity", "candidates", *(k.removeprefix("replay.") for p in PRESETS.values() for k in p.overrides)}
+    return dict(data) | {"replay": {k: v for k, v in data["replay"].items() if k not in decided}}
 
 
 def resolve(c: Config) -> Config:
@@ -399,6 +416,7 @@ def _broken_rules(c: Config) -> Iterator[str]:
 def _broken_relations(c: Config) -> Iterator[str]:
     b, s, r, m, p = c.batch, c.sample, c.replay, c.model, c.algorithm.preset
     mini = b.prompts // b.mini_batches * b.group_size
+    weighs = p.slots == "replay" or c.weight.correct_sampler
     full = f"with algorithm {c.algorithm.name}, which weighs by log-probs of the full distribution"
     rules = (
         (
@@ -421,7 +439,11 @@ def _broken_relations(c: Config) -> Iterator[str]:
         (m.heads % m.kv_heads == 0, f"model.heads must be a multiple of model.kv_heads ({m.kv_heads}), got {m.heads}"),
         (m.head_dim > 0 and m.head_dim % 2 == 0, f"model.head_dim must be even and above 0, got {m.head_dim}"),
         (r.max_age >= r.min_age, f"replay.max_age must be at least replay.min_age ({r.min_age}), got {r.max_age}"),
-        (p.slots != "replay" or s.top_p == 1, f"sample.top_p must be 1.0 {full}, got {s.top_p}"),
-        (p.slots != "replay" or s.top_k is None, f"sample.top_k must be off {full}, got {s.top_k}"),
+        (
+            max(c.seed, c.warm_start.seed) < 2**32,
+            f"seed and warm_start.seed must be below 2^32, got {c.seed}, {c.warm_start.seed}",
+        ),
+        (not weighs or s.top_p == 1, f"sample.top_p must be 1.0 {full}, got {s.top_p}"),
+        (not weighs or s.top_k is None, f"sample.top_k must be off {full}, got {s.top_k}"),
     )
     yield from (sentence for holds, sentence in rules if not holds)

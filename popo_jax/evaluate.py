@@ -85,6 +85,8 @@ def command(
     """`popo eval RUN`: greedy accuracy, avg@n and pass@k for each k with n = max(k); printed, and kept in RUN/eval/."""
     if not k or min(k) < 1:
         raise UserError(f"--k must list whole numbers of at least 1, got {list(k)}")
+    if problems is not None and problems < 1:
+        raise UserError(f"--problems must be at least 1, got {problems}")
     if not temperature > 0:
         raise UserError(f"--temperature must be above 0 (greedy is always reported besides), got {temperature}")
     if not 0 < top_p <= 1:
@@ -98,7 +100,7 @@ def command(
     many = answer(r.state.params, prompts, drawn, decode, seed=seed, version=r.step)
     result = {"greedy": float(first.correct.mean()), f"avg@{n}": float(many.correct.mean())}
     result |= {f"pass@{i}": pass_at(many.correct, i) for i in sorted(set(k))}
-    how = {"step": r.step, "problems": len(prompts), "temperature": temperature, "top_p": top_p, "seed": seed}
+    how = {"step": r.step, "problems": len(prompts), "samples": n, "temperature": temperature, "top_p": top_p, "seed": seed}
     _keep(epath.Path(run) / "eval", how, result, {"greedy": first, "sampled": many})
     _show(how, result, first)
     return result
@@ -106,7 +108,7 @@ def command(
 
 def _keep(folder: epath.Path, how: dict[str, Any], result: dict[str, float], answers: dict[str, Answers]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{how['step']:06d}-t{how['temperature']}-p{how['top_p']}-s{how['seed']}"
+    name = f"{how['step']:06d}-k{how['samples']}-n{how['problems']}-t{how['temperature']}-p{how['top_p']}-s{how['seed']}"
     lines = [json.dumps({"kind": kind, **row}) for kind, a in answers.items() for row in rows(a)]
     (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     (folder / f"{name}.json").write_text(json.dumps(how | result, indent=2))

@@ -52,6 +52,7 @@ def _table(run: RunDir, checkpoints: Checkpoints) -> Table:
         size = _bytes(folder)
         try:
             meta, replay = checkpoints.read_meta(step), checkpoints.read_replay(step)
+            run_dir.check_tokenizer(meta, meta.get("fingerprints", {}).get("tokenizer"), f"checkpoint {folder}")
         except UserError as e:
             table.add_row(str(step), f"{size / 1e6:.1f} MB", str(e))
             continue

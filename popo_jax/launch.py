@@ -45,16 +45,20 @@ class Start:
 
 def new(c: Config, console: Console) -> dict[str, Any]:
     """`popo train CONFIG`: a new run directory, trained to the end. Returns the summary."""
-    run, mesh = run_dir.create(c), make_mesh(c.mesh)
-    console.say(f"Run directory: {run.path}")
+    mesh = make_mesh(c.mesh)
+    run_dir.create(c, make=False)  # refused before the warm start, made when nothing else can be refused
     folder = sft.starting_policy(c, mesh, console.say)
     policy = policies.describe(folder, c)
-    policies.save(run.path / "policy", policy, None)
+    sources = problems.load(c, policy.tokenizer)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
     params = built.place_params(hf.load(folder, policy.model))
-    assert c.replay.capacity is not None  # resolved
+    reference = _reference(c, built, folder, policy)
+    run = run_dir.create(c)
+    console.say(f"Run directory: {run.path}")
+    run_dir.write_config(run, c, _fingerprints(policy, sources))
+    policies.save(run.path / "policy", policy, None)
     start = Start(built.state(params), Buffer(c.replay), Progress())
-    return _go(c, run, built, policy, start, _reference(c, built, folder, policy), console)
+    return _go(c, run, built, policy, sources, start, reference, console)
 
 
 def resume(c: Config, run: RunDir, step: int | None, console: Console) -> dict[str, Any]:
@@ -66,14 +70,18 @@ def resume(c: Config, run: RunDir, step: int | None, console: Console) -> dict[s
             raise UserError(f"{run.path} holds no checkpoint yet; start it anew with: popo train {run.path / 'config.yaml'}")
         step = checkpoints.steps()[-1] if step is None else step
         where = f"checkpoint {run.path / 'checkpoints' / str(step)}"
-        prints = _fingerprints(policy, problems.load(c, policy.tokenizer))
+        sources = problems.load(c, policy.tokenizer)
+        prints = _fingerprints(policy, sources)
         progress = run_dir.check_meta(checkpoints.read_meta(step), c, prints, where)
         state, arrays, _ = checkpoints.restore(step, built.abstract_state)
+    buffer = Buffer.from_arrays(c.replay, arrays)
+    _check_rows(run, step)
     run.rewind(step)
+    run_dir.write_config(run, c, prints)
     console.say(f"Resuming {run.path} after step {step}")
-    start = Start(state, Buffer.from_arrays(c.replay, arrays), progress)
+    start = Start(state, buffer, progress)
     folder = sft.starting_policy(c, mesh, console.say) if c.loss.kl_coef else None
-    return _go(c, run, built, policy, start, _reference(c, built, folder, policy), console)
+    return _go(c, run, built, policy, sources, start, _reference(c, built, folder, policy), console)
 
 
 def _go(
@@ -81,13 +89,12 @@ def _go(
     run: RunDir,
     built: Built,
     policy: Policy,
+    sources: problems.Problems,
     start: Start,
     reference: Callable[[list[Group]], list[Group]] | None,
     console: Console,
 ) -> dict[str, Any]:
-    sources = problems.load(c, policy.tokenizer)
     prints = _fingerprints(policy, sources)
-    run_dir.write_config(run, c, prints)
     counts = {t.task: (len(t.problems), len(h.problems)) for t, h in zip(sources.train, sources.held_out, strict=True)}
     console.banner(c, sum(x.size for x in jax.tree.leaves(built.abstract_state.params)), jax.devices(), counts)
     clock, journal = Clock(), Journal(run, Loggers(c.loggers, run.path, plain.to_plain(c)), console)
@@ -132,6 +139,13 @@ def _finish(c: Config, run: RunDir, progress: Progress, seconds: float, console:
     (run.path / "summary.json").write_text(json.dumps(summary, indent=2))
     console.summary(summary, run.path)
     return summary
+
+
+def _check_rows(run: RunDir, step: int) -> None:
+    """Errors: UserError if metrics.jsonl lacks a row up to `step`."""
+    lacking = set(range(step + 1)) - {r["step"] for r in run.metrics.rows()}
+    if lacking:
+        raise UserError(f"{run.metrics.path} must hold the rows 0 to {step} of the checkpoint's run, got none of {min(lacking)}")
 
 
 def _checkpoints(c: Config, run: RunDir) -> Checkpoints:

@@ -13,7 +13,23 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import yaml
+from etils import epath
+
 from popo_jax.types import UserError
+
+
+def read_mapping(path: epath.PathLike) -> dict[str, Any]:
+    """Nested plain data of a YAML file. Errors: UserError if it cannot be read, is not YAML, or holds no mapping."""
+    try:
+        data = yaml.safe_load(epath.Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} must be a readable config file: {getattr(e, 'strerror', None) or e}") from e
+    except yaml.YAMLError as e:
+        raise UserError(f"{path} must be YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold settings as a mapping, got {type(data).__name__ if data is not None else 'nothing'}")
+    return data
 
 
 def to_plain(x: Any) -> Any:

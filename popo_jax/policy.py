@@ -11,6 +11,7 @@ from popo_jax.config import Config, ModelConfig
 from popo_jax.data import tokenizer as tokenizers
 from popo_jax.data.tokenizer import Tokenizer
 from popo_jax.models import hf, hf_config
+from popo_jax.types import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,15 @@ def describe(folder: epath.PathLike, c: Config) -> Policy:
     """Shape and tokenizer of a checkpoint folder; precision and scheduling as `c.model` says."""
     shape = hf_config.read_config(folder)
     how = {name: getattr(c.model, name) for name in ("dtype", "param_dtype", "remat", "linear")}
-    return Policy(replace(shape, **how), tokenizers.load(folder))
+    return checked(Policy(replace(shape, **how), tokenizers.load(folder)), f"{folder}: vocab_size")
+
+
+def checked(policy: Policy, what: str) -> Policy:
+    """The policy. Errors: UserError if its tokenizer has ids that its embedding has not."""
+    size, needed = policy.model.vocab_size, policy.tokenizer.vocab_size
+    if size is None or size < needed:
+        raise UserError(f"{what} must hold the tokenizer's {needed} ids, got {size}")
+    return policy
 
 
 def save(folder: epath.PathLike, policy: Policy, params: dict[str, Any] | None) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import yaml
 from etils import epath
 
 import popo_jax.policy as policies
-from popo_jax import build, run_dir
+from popo_jax import build, plain, run_dir
 from popo_jax.build import Built
 from popo_jax.config import Config, from_dict, resolve
 from popo_jax.policy import Policy
@@ -29,7 +28,7 @@ class Restored:
 
 def load_config(path: epath.PathLike) -> Config:
     """The config of a run directory, resolved."""
-    data = yaml.safe_load(epath.Path(path).read_text())
+    data = plain.read_mapping(path)
     data.pop("fingerprints", None)
     return resolve(from_dict(data, str(path)))
 
@@ -44,5 +43,6 @@ def restore(run: epath.PathLike, step: int | None) -> Restored:
         if not checkpoints.steps():
             raise UserError(f"{folder} holds no checkpoint yet")
         step = checkpoints.steps()[-1] if step is None else step
-        state, _, _ = checkpoints.restore(step, built.abstract_state)
+        state, _, meta = checkpoints.restore(step, built.abstract_state)
+    run_dir.check_tokenizer(meta, policy.tokenizer.fingerprint(), f"checkpoint {folder / 'checkpoints' / str(step)}")
     return Restored(c, policy, built, state, step)

@@ -64,16 +64,16 @@ class RunDir:
             writer.rewind(step, discarded)
 
 
-def create(c: Config) -> RunDir:
-    """A new directory: `run_dir`, or runs/<tasks>-<algorithm>-s<seed> with a number if that is taken."""
+def create(c: Config, *, make: bool = True) -> RunDir:
+    """A new directory: `run_dir`, or runs/<tasks>-<algorithm>-s<seed> with a number if that is taken. make False: only look."""
     if c.run_dir is not None:
-        return RunDir.at(new_run_dir(c.run_dir))
+        return RunDir.at(new_run_dir(c.run_dir, make=make))
     base = epath.Path("runs") / f"{'+'.join(t.name for t in c.tasks)}-{c.algorithm.name}-s{c.seed}"
     path, n = base, 1
     while path.exists():
         n += 1
         path = base.parent / f"{base.name}-{n}"
-    return RunDir.at(new_run_dir(path))
+    return RunDir.at(new_run_dir(path, make=make))
 
 
 def write_config(run: RunDir, c: Config, fingerprints: Mapping[str, str]) -> None:
@@ -111,20 +111,29 @@ def _settings(c: Config) -> dict[str, Any]:
 def check_meta(saved: Mapping[str, Any], c: Config, fingerprints: Mapping[str, str], where: str) -> Progress:
     """The progress in a checkpoint's meta. Errors: UserError if it belongs to another tokenizer, template, reward,
     advantage, temperature or group size, or was made under higher limits."""
-    if saved.get("format") != FORMAT:
-        raise UserError(f"{where} must have checkpoint format {FORMAT}, got {saved.get('format')}")
-    for name in ("tokenizer", "template", "reward"):
+    check_tokenizer(saved, fingerprints["tokenizer"], where)
+    for name in ("template", "reward"):
         was, now = saved["fingerprints"].get(name), fingerprints[name]
         if was != now:
             raise UserError(f"{where} was written with another {name}: expected fingerprint {now}, got {was}")
     for key, now in _settings(c).items():
-        was = saved["settings"][key]
+        was = saved["settings"].get(key, now)
         limit = key.startswith(("sample.max", "replay"))
         if (now < was) if limit else (now != was):
             raise UserError(
                 f"{where} was written with {key} {was}, which must {'not be lowered' if limit else 'stay'}, got {now}"
             )
     return Progress(**saved["progress"])
+
+
+def check_tokenizer(saved: Mapping[str, Any], fingerprint: str, where: str) -> None:
+    """Errors: UserError if a checkpoint's meta lacks a part, or is of another format or tokenizer."""
+    lacking = [k for k in ("progress", "fingerprints", "settings") if not isinstance(saved.get(k), Mapping)]
+    if saved.get("format") != FORMAT or lacking:
+        raise UserError(f"{where} must have a meta of format {FORMAT}, got {saved.get('format')} without {lacking or 'nothing'}")
+    was = saved["fingerprints"].get("tokenizer")
+    if was != fingerprint:
+        raise UserError(f"{where} was written with another tokenizer: expected fingerprint {fingerprint}, got {was}")
 
 
 def open_existing(path: epath.PathLike) -> RunDir:

@@ -67,7 +67,7 @@ def make(c: Config, mesh: Mesh, folder: epath.PathLike, say: Callable[[str], Non
 def fresh_policy(c: Config) -> Policy:
     tokenizer = characters()
     size = tokenizer.vocab_size if c.model.vocab_size is None else c.model.vocab_size
-    return Policy(replace(c.model, vocab_size=size), tokenizer)
+    return policies.checked(Policy(replace(c.model, vocab_size=size), tokenizer), "model.vocab_size")
 
 
 def cache_key(c: Config, fresh: Policy) -> str:

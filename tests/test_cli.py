@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,10 @@ def refused(capsys, *args: object) -> str:
         (["--optim.learning-rate", "nan"], "optim.learning_rate must be above 0, got nan"),
         (["--sample.max-prompt-tokens", "5"], "must have a prompt of 1 to 5 tokens (sample.max_prompt_tokens)"),
         (["--policy.path", "/nowhere"], "/nowhere"),
+        (["--model.vocab-size", "20"], "model.vocab_size must hold the tokenizer's 99 ids, got 20"),
+        (["--seed", "99999999999999999999"], "must be below 2^32"),
+        (["--algorithm", "grpo", "--weight.correct-sampler", "True", "--sample.top-p", "0.9"], "sample.top_p must be 1.0"),
+        (["--from-step", "2"], "--from-step 2 goes with --resume RUN"),
         (["--mesh.tensor", "3"], "mesh: data x fsdp x tensor must be the number of devices"),
     ],
 )
@@ -64,6 +70,8 @@ def test_a_value_of_the_wrong_type(config, capsys):
     [
         ("", "must hold settings as a mapping, got nothing"),
         ("a: [1", "must be YAML"),
+        ("algorithm: [popo]", "algorithm must be a name or a mapping, got ['popo']"),
+        ("algorithm: {name: [1]}", "algorithm must be one of"),
         ("stepz: 3", "unknown key stepz (did you mean steps?)"),
         ("loss: {clip_low: high}", "loss.clip_low must be a number, got 'high'"),
         ("tasks: [{name: chess}]", "tasks.0.name must be one of countdown, got 'chess'"),
@@ -98,7 +106,7 @@ def test_bad_problem_files(config, capsys, tmp_path, name, text, says):
 
 
 def test_a_run_directory_below_a_file(config, capsys, tmp_path):
-    assert "a file on the path" in refused(capsys, "train", config, "--run-dir", config / "run")
+    assert "not a directory" in refused(capsys, "train", config, "--run-dir", config / "run")
 
 
 def test_a_file_may_hold_what_the_algorithm_does_not_read(config):
@@ -198,6 +206,7 @@ def test_export_eval_and_inspect(run, tmp_path, capsys):
     assert cli.main(["inspect", str(copy)]) == 0
     assert "checkpoints" in capsys.readouterr().out
     assert "committed are 2, 4" in refused(capsys, "eval", copy, "--step", "3")
+    assert "--problems must be at least 1, got -5" in refused(capsys, "eval", copy, "--problems", "-5")
     assert "--temperature must be above 0" in refused(capsys, "eval", copy, "--temperature", "0")
 
 
@@ -224,6 +233,86 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(run, tmp_path, capsys):
     data["model"]["vocab"]["A"], data["model"]["vocab"]["B"] = data["model"]["vocab"]["B"], data["model"]["vocab"]["A"]
     path.write_text(json.dumps(data))
     assert "was written with another tokenizer" in refused(capsys, "train", "--resume", copy, "--steps", "6")
+
+
+def test_a_failed_start_leaves_no_directory(config, capsys, tmp_path):
+    said = refused(capsys, "train", config, "--run-dir", tmp_path / "run", "--tasks.0.countdown.high", "1")
+    assert "eval_problems" in said and not (tmp_path / "run").exists()
+
+
+def test_a_runs_config_takes_another_presets_settings(run):
+    quiet = lambda _: None  # noqa: E731
+    c = cli.parse_config(str(run / "config.yaml"), ["--algorithm", "popo-stale"], quiet)
+    assert (c.replay.min_age, c.replay.max_age, c.replay.capacity) == (10, 40, 64 * 4)
+    assert cli.parse_config(str(run / "config.yaml"), [], quiet).replay.capacity == 16
+
+
+@pytest.mark.parametrize("broken", ["- 1", "a: [", None])
+def test_a_broken_config_in_a_run_is_one_sentence(run, tmp_path, capsys, broken):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "config.yaml").unlink()
+    if broken is None:
+        (copy / "config.yaml").mkdir()
+    else:
+        (copy / "config.yaml").write_text(broken)
+    for command in (["inspect", copy], ["eval", copy], ["train", "--resume", copy]):
+        assert "config.yaml must" in refused(capsys, *command)
+
+
+@pytest.mark.parametrize("meta", ["{}", '{"format": 1}', '{"format": 9, "progress": {}, "fingerprints": {}, "settings": {}}'])
+def test_a_checkpoint_whose_meta_lacks_parts_is_refused(run, tmp_path, capsys, meta):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "checkpoints" / "4" / "meta" / "metadata").write_text(meta)
+    for command in (["train", "--resume", copy, "--steps", "6"], ["export", copy, "--out", tmp_path / "out"]):
+        assert "checkpoints/4 must have a meta of format 1" in refused(capsys, *command)
+    assert cli.main(["inspect", str(copy)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"), [('{"a": 1}\n{"step": 9}\n', "line 1 must be a JSON row"), ("", "must hold the rows 0 to 4")]
+)
+def test_metrics_that_do_not_go_with_the_checkpoint_are_refused_and_kept(run, tmp_path, capsys, rows, says):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "metrics.jsonl").write_text(rows)
+    assert says in refused(capsys, "train", "--resume", copy, "--steps", "6")
+    assert (copy / "metrics.jsonl").read_text() == rows and (copy / "checkpoints" / "4").exists()
+
+
+@pytest.mark.parametrize("eos", [[], ["x"], "x", -1, [9999], 1.5])
+def test_end_tokens_that_are_no_ids_are_refused(run, tmp_path, capsys, eos):
+    for name in ("generation_config.json", "config.json"):
+        copy = tmp_path / name
+        shutil.copytree(run, copy)
+        for file in ("generation_config.json", name):
+            path = copy / "policy" / file
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos}))
+        assert "eos_token_id must name ids from 0 to 98" in refused(capsys, "export", copy, "--out", tmp_path / "out")
+
+
+def test_a_stop_before_the_first_step_can_be_resumed(config, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "grade_all", luck)
+    real = launch.evaluate.accuracy
+
+    def stop(answers):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(answers)
+
+    monkeypatch.setattr(launch.evaluate, "accuracy", stop)
+    assert cli.main(["train", str(config), "--run-dir", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 0
+    monkeypatch.setattr(launch.evaluate, "accuracy", real)
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
+    resumed, whole = ([json.loads(x) for x in (r / "metrics.jsonl").read_text().splitlines()] for r in (tmp_path / "run", run))
+    assert [(x["step"], x.get("loss")) for x in resumed] == [(x["step"], x.get("loss")) for x in whole]
+
+
+def test_candidates_need_not_be_a_multiple_of_the_micro_batch(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "grade_all", luck)
+    args = ["--algorithm", "popo-kl", "--replay.candidates", "7", "--batch.micro-batch", "8"]
+    assert cli.main(["train", str(config), "--run-dir", str(tmp_path / "run"), *args]) == 0
 
 
 def test_a_checkpoint_cut_short_is_refused_and_the_one_before_offered(run, tmp_path, capsys, monkeypatch):

@@ -94,7 +94,9 @@ def load(folder: epath.PathLike) -> Tokenizer:
         found = _token_id(core, settings[2].get("eos_token"))
     if found is None:
         raise UserError(f"{folder} names no end token in generation_config.json, config.json or tokenizer_config.json")
-    eos_ids = tuple(found) if isinstance(found, list) else (int(found),)
+    size, eos_ids = core.get_vocab_size(with_added_tokens=True), tuple(found) if isinstance(found, list) else (found,)
+    if not eos_ids or not all(type(i) is int and 0 <= i < size for i in eos_ids):
+        raise UserError(f"{folder}: eos_token_id must name ids from 0 to {size - 1} of its tokenizer, got {found!r}")
     pad = _token_id(core, settings[2].get("pad_token"))
     return Tokenizer(core, eos_ids, eos_ids[0] if pad is None else pad)
 

@@ -16,14 +16,15 @@ from etils import epath
 from popo_jax.types import UserError
 
 
-def new_run_dir(path: epath.PathLike) -> epath.Path:
-    """Make it. Errors: UserError if something is there already."""
+def new_run_dir(path: epath.PathLike, *, make: bool = True) -> epath.Path:
+    """Make it, or only look whether it could be. Errors: UserError if something is there already."""
     path = epath.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(
             f"run directory {path} must be new or empty, got one in use; to go on with it: popo train --resume {path}"
         )
-    path.mkdir(parents=True, exist_ok=True)
+    if make:
+        path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -66,6 +67,9 @@ class MetricsFile:
         torn = [lines[-1]] if lines[-1] else []
         while whole and not _is_row(whole[-1]):
             torn.insert(0, whole.pop())
+        for n, line in enumerate(whole, 1):
+            if not _is_row(line):
+                raise UserError(f"{self.path}, line {n} must be a JSON row with a whole number `step`, got {line[:80]!r}")
         return whole, torn
 
 
@@ -136,8 +140,8 @@ def _utf8(text: str) -> str:
 
 def _is_row(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
+        return isinstance(json.loads(line)["step"], int)
+    except (ValueError, KeyError, TypeError):
         return False
 
 
