@@ -59,7 +59,7 @@ class Built:
     def sampler(self, *, samples: int, temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Sampler:
         """For evaluation any samples and temperature; rows at once are those of training."""
         s = self.c.sample
-        rows = s.max_rows if s.max_rows is not None else self.c.rows
+        rows = s.max_rows if s.max_rows is not None else self.c.batch.prompts * self.c.batch.group_size
         c = Decoding(samples, temperature, top_k, top_p, s.max_prompt_tokens, s.max_response_tokens, s.chunk, rows, self.eos_ids)
         return Sampler(self.model, c)
 
@@ -73,7 +73,7 @@ def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mes
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if c.rows % shards:
         raise UserError(
-            f"mesh: data x fsdp ({shards}) must divide the rows of a batch (batch.prompts x batch.group_size), got {c.rows}"
+            f"mesh: data x fsdp ({shards}) must divide the rows of a batch ({c.slots} groups x batch.group_size), got {c.rows}"
         )
     model = Decoder(resolve_linear(model_config, mesh.devices.flat[0].platform))
     tx = make_tx(c.optim)

@@ -14,7 +14,8 @@ from typing import Any
 import tyro
 
 from popo_jax import plain
-from popo_jax.config import Config, from_dict, resolve, unread, why_unread, without_preset
+from popo_jax.config import Config, from_dict, without_preset
+from popo_jax.rules import resolve, unread, why_unread
 from popo_jax.types import UserError
 
 USAGE = """usage: popo COMMAND ...

@@ -16,6 +16,7 @@ import popo_jax.policy as policies
 from popo_jax import build, evaluate, plain, problems, run_dir, sft, train
 from popo_jax.build import Built
 from popo_jax.config import Config
+from popo_jax.data.selection import Mopps
 from popo_jax.data.stream import PromptStream
 from popo_jax.journal import Journal
 from popo_jax.models import hf
@@ -40,6 +41,7 @@ class Start:
 
     state: TrainState
     buffer: Buffer
+    selection: Mopps | None
     progress: Progress
 
 
@@ -57,7 +59,7 @@ def new(c: Config, console: Console) -> dict[str, Any]:
     console.say(f"Run directory: {run.path}")
     run_dir.write_config(run, c, _fingerprints(policy, sources))
     policies.save(run.path / "policy", policy, None)
-    start = Start(built.state(params), Buffer(c.replay), Progress())
+    start = Start(built.state(params), Buffer(c.replay), _selection(c), Progress())
     return _go(c, run, built, policy, sources, start, reference, console)
 
 
@@ -74,12 +76,14 @@ def resume(c: Config, run: RunDir, step: int | None, console: Console) -> dict[s
         prints = _fingerprints(policy, sources)
         progress = run_dir.check_meta(checkpoints.read_meta(step), c, prints, where)
         state, arrays, _ = checkpoints.restore(step, built.abstract_state)
-    buffer = Buffer.from_arrays(c.replay, arrays)
+    buffer, selection = Buffer.from_arrays(c.replay, arrays), _selection(c)
+    if selection is not None:
+        selection.load(arrays)
     _check_rows(run, step)
     run.rewind(step)
     run_dir.write_config(run, c, prints)
     console.say(f"Resuming {run.path} after step {step}")
-    start = Start(state, buffer, progress)
+    start = Start(state, buffer, selection, progress)
     folder = sft.starting_policy(c, mesh, console.say) if c.loss.kl_coef else None
     return _go(c, run, built, policy, sources, start, _reference(c, built, folder, policy), console)
 
@@ -99,16 +103,18 @@ def _go(
     console.banner(c, sum(x.size for x in jax.tree.leaves(built.abstract_state.params)), jax.devices(), counts)
     clock, journal = Clock(), Journal(run, Loggers(c.loggers, run.path, plain.to_plain(c)), console)
     stream, decode = PromptStream(sources.train, seed=c.seed), policy.tokenizer.decode
-    collect = Collector(c, built.rollout_sampler(), grade_all, decode, stream, reference, Clock)
+    choose = start.selection.choose if start.selection is not None else None
+    collect = Collector(c, built.rollout_sampler(), grade_all, decode, stream, reference, choose, Clock)
     score = _evaluator(c, built, policy, sources, clock)
     with stop_wish() as wish, _checkpoints(c, run) as checkpoints, console:
 
         def save(state: TrainState, progress: Progress, accuracy: float | None) -> None:
             with clock("checkpoint"):
                 meta = run_dir.meta(c, progress, prints)
-                checkpoints.save(progress.step, state=state, replay=start.buffer.arrays(), meta=meta, score=accuracy)
+                arrays = start.buffer.arrays() | (start.selection.arrays() if start.selection is not None else {})
+                checkpoints.save(progress.step, state=state, replay=arrays, meta=meta, score=accuracy)
 
-        parts = train.Parts(c, built, collect, start.buffer, score, journal, clock, save, wish.is_set)
+        parts = train.Parts(c, built, collect, start.buffer, start.selection, score, journal, clock, save, wish.is_set)
         began = time.monotonic()
         if not run.metrics.rows():
             journal.row({"step": 0} | score(start.state.params, 0))
@@ -156,6 +162,10 @@ def _fingerprints(policy: Policy, sources: problems.Problems) -> dict[str, str]:
     return problems.fingerprints(sources) | {"tokenizer": policy.tokenizer.fingerprint(), "code": run_dir.code_version()}
 
 
+def _selection(c: Config) -> Mopps | None:
+    return Mopps(c.selection, seed=c.seed) if c.selection.method == "mopps" else None
+
+
 def _evaluator(
     c: Config, built: Built, policy: Policy, sources: problems.Problems, clock: Clock
 ) -> Callable[[Params, int], dict[str, float]]:
@@ -177,4 +187,4 @@ def _reference(c: Config, built: Built, folder: epath.Path | None, policy: Polic
     if not c.loss.kl_coef or folder is None:
         return None
     params = built.place_params(hf.load(folder, policy.model))
-    return reference_scorer(lambda tokens: built.score(params, tokens), c.row_tokens, c.rows)
+    return reference_scorer(lambda tokens: built.score(params, tokens), c.row_tokens, c.batch.prompts * c.batch.group_size)

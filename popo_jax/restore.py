@@ -9,9 +9,10 @@ from etils import epath
 import popo_jax.policy as policies
 from popo_jax import build, plain, run_dir
 from popo_jax.build import Built
-from popo_jax.config import Config, from_dict, resolve
+from popo_jax.config import Config, from_dict
 from popo_jax.policy import Policy
 from popo_jax.rl.state import TrainState
+from popo_jax.rules import resolve
 from popo_jax.runtime.checkpoints import Checkpoints
 from popo_jax.runtime.mesh import make_mesh
 from popo_jax.types import UserError

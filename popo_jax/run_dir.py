@@ -104,6 +104,7 @@ def _settings(c: Config) -> dict[str, Any]:
         "batch.group_size": c.batch.group_size,
         "sample.max_prompt_tokens": s.max_prompt_tokens,
         "sample.max_response_tokens": s.max_response_tokens,
+        "selection.method": c.selection.method,
         "replay.capacity": c.replay.capacity,
     }
 

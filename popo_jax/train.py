@@ -19,6 +19,7 @@ from popo_jax import journal
 from popo_jax.build import Built
 from popo_jax.config import Config
 from popo_jax.data.assemble import assemble
+from popo_jax.data.selection import Mopps
 from popo_jax.replay.buffer import Buffer
 from popo_jax.replay.fill import candidates, fill, to_store
 from popo_jax.rl.rollout import Collector, Rollout, divergences, lay_out
@@ -43,6 +44,7 @@ class Parts:
     built: Built
     collect: Collector
     buffer: Buffer
+    selection: Mopps | None
     evaluate: Callable[[Params, int], dict[str, float]]
     journal: journal.Journal
     clock: Clock
@@ -62,6 +64,7 @@ def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainStat
         while progress.step < c.steps and not stop:
             began = time.monotonic()
             rollout: Rollout = pending.result()
+            seen = parts.selection.observe(rollout.groups) if parts.selection is not None else {}
             plan, batch = fill_batch(parts, rollout, state.params, progress.step)
             with parts.clock("update"):
                 state, out = parts.built.train_step(state, batch)
@@ -78,7 +81,7 @@ def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainStat
             progress = advance(progress, rollout, metrics, c)
             replayed = store(parts, rollout, plan, out, progress.step)
             times = parts.clock.take() | rollout.seconds
-            parts.journal.step(progress, rollout, plan, replayed | metrics | scores | times, time.monotonic() - began)
+            parts.journal.step(progress, rollout, plan, seen | replayed | metrics | scores | times, time.monotonic() - began)
             if not checked and not plan.replaced.all():  # some row was sampled by these parameters
                 check_agreement(metrics, progress, c)
                 checked = True
@@ -94,7 +97,8 @@ def fill_batch(parts: Parts, rollout: Rollout, params: Params, step: int) -> tup
     c, buffer, preset = parts.c, parts.buffer, parts.c.algorithm.preset
     scores = score_candidates(parts, params, step) if preset.order == "kl" else None
     with parts.clock("replay"):
-        plan = fill(buffer, rollout.slots, version=step, preset=preset, seed=c.seed, step=step, divergence=scores)
+        extra = c.slots - c.batch.prompts
+        plan = fill(buffer, rollout.slots, version=step, preset=preset, seed=c.seed, step=step, extra=extra, divergence=scores)
         rows: dict[str, Any] = assemble(rollout.slots, plan, buffer, T=c.row_tokens, marked_fresh=preset.marked_fresh)
         return plan, place(Batch(**rows), parts.built.mesh, BATCH)
 

@@ -23,11 +23,17 @@ from tests.killable import luck
 STEPS, EVERY = 8, 2
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
+VARIANTS = {
+    "uniform": {"replay": {"max_uses": 2}},
+    "mopps, extra slots": {"replay": {"max_uses": 2, "extra": 2}, "selection": {"method": "mopps", "candidates": 2}},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def config(tmp_path_factory, request) -> Path:
     folder = tmp_path_factory.mktemp("config")
     os.environ["POPO_CACHE"] = str(folder / "cache")
-    data = tiny.BASE | {"steps": STEPS, "checkpoint": {"every": EVERY, "keep_last": 2}, "replay": {"max_uses": 2}}
+    data = tiny.BASE | {"steps": STEPS, "checkpoint": {"every": EVERY, "keep_last": 2}} | VARIANTS[request.param]
     data["batch"] = {"prompts": 4, "group_size": 4, "mini_batches": 2}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
     return folder / "tiny.yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "popo_jax"
-FLOOR = {"types", "config", "plain"}
+FLOOR = {"types", "config", "plain", "rules"}
 NUMERICS = {"ops", "sharding"}
 TRAINING = {"rl", "sampling", "models", *NUMERICS}
 WIRING = {"problems", "policy", "build", "data", "tasks", "runtime", "run_dir", *TRAINING}
@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "plain": set(),
     "config": set(),
+    "rules": set(),
     "cli": set(),  # and anything, inside functions
     "tasks": set(),
     "replay": set(),
@@ -42,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"build", "data", "replay", "runtime", "run_dir", "journal", "evaluate", *TRAINING},
     "launch": WIRING | {"replay", "journal", "evaluate", "sft", "train"},
 }
-NO_JAX = ["types", "plain", "config", "cli", "tasks", "tasks.pool", "tasks.countdown", "replay.buffer", "replay.fill"]
+NO_JAX = ["types", "plain", "config", "rules", "cli", "tasks", "tasks.pool", "tasks.countdown", "replay.buffer", "replay.fill"]
 
 
 def files() -> list[Path]:

@@ -349,3 +349,55 @@ def test_ids_stay_unique_when_a_resumed_run_takes_fewer_prompts(tmp_path):
     train.loop(fewer, state, progress)
     ids = [g for p in (tmp_path / "samples").glob("*.parquet") for g in set(pq.read_table(p)["group_id"].to_pylist())]
     assert len(ids) == len(set(ids)) == 2 * 4 + 4 * 2
+
+
+def test_extra_slots_train_on_stored_groups_alone(tmp_path):
+    """Step 1 has nothing stored: both extra slots are empty and nothing of them counts. Step 2 fills 2 dead and 2 extra."""
+    c = tiny.config(steps=2, replay__extra=2, batch__mini_batches=2)
+    _, seen, parts = go(tmp_path, c, tiny.by_pattern([MIXED, TABLE]))
+    (_, first, out0), (_, batch, _) = seen
+    G = c.batch.group_size
+    assert first.tokens.shape[0] == 6 * G and not first.token_mask[4 * G :].any()
+    np.testing.assert_array_equal(batch.fresh.reshape(6, G).all(axis=1), [True, False, True, False, False, False])
+    for slot, source in ((1, 0), (3, 1), (4, 2), (5, 3)):
+        own = slice(slot * G, (slot + 1) * G), slice(source * G, (source + 1) * G)
+        np.testing.assert_array_equal(batch.tokens[own[0]], first.tokens[own[1]])
+        np.testing.assert_array_equal(batch.logp_behav[own[0]], out0.logp_start[own[1]])
+        assert batch.token_mask[own[0]].any()
+    assert [(r["replay/filled"], r["replay/unfilled"]) for r in rows(tmp_path)] == [(0, 2), (4, 0)]
+    assert [r["rollouts_total"] for r in rows(tmp_path)] == [4 * G, 8 * G]
+    assert [g.id for g in parts.buffer] == [0, 1, 2, 3, 4, 6]
+
+
+def test_empty_extra_slots_change_nothing(tmp_path):
+    """One step, whose buffer is empty: parameters as without the extra slots, but for the order of sums."""
+    ends = [go(tmp_path / str(n), tiny.config(steps=1, replay__extra=n), tiny.by_pattern([TABLE]))[0] for n in (0, 2)]
+    for a, b in zip(jax.tree.leaves(ends[0].params), jax.tree.leaves(ends[1].params), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-4)  # the first AdamW step is a sign times 1e-2
+
+
+def test_mopps_takes_the_prompts_it_knows_to_be_mixed(tmp_path):
+    """4 prompts in the data, 8 candidates a step, 4 taken: after a few steps those that are always mixed are preferred."""
+    task = {"name": "countdown", "countdown": {"train_problems": 4, "eval_problems": 16}}
+    c = tiny.config(steps=12, tasks=[task], selection__method="mopps", selection__candidates=2, selection__decay=1.0)
+    parts = tiny.parts(tmp_path, c)
+    ids = [parts.collect.prompts(0, 4)[i].id for i in range(4)]
+    mixed = set(ids[:2])
+    asked: list[list[str]] = []
+
+    real = parts.collect
+
+    def collect(params, step, position):
+        prompts, *_ = real._next(position, 4, step, 0)  # the same draws as the real call's
+        asked.append([p.id for p in prompts])
+        kinds = ["mixed" if p.id in mixed else "all wrong" for p in prompts]
+        return dataclasses.replace(real, grade=tiny.by_pattern([kinds]))(params, step, position)
+
+    parts = dataclasses.replace(parts, collect=collect)
+    _, progress = train.loop(parts, tiny.state(parts.built), tiny.Progress())
+    assert progress.position == 12 * 8 and parts.selection.observed >= 3
+    late = [id_ in mixed for step in asked[6:] for id_ in step]
+    assert np.mean(late) > 0.8
+    out = rows(tmp_path)
+    assert out[0]["selection/seen"] < 1 and out[-1]["selection/seen"] == 1 and out[-1]["selection/error"] < 0.2
+    assert out[-1]["rollouts_total"] == 12 * 4 * c.batch.group_size

@@ -12,12 +12,14 @@ import numpy as np
 
 from popo_jax import build, journal, plain, problems, run_dir, train
 from popo_jax.build import Built
-from popo_jax.config import Config, from_dict, resolve
+from popo_jax.config import Config, from_dict
+from popo_jax.data.selection import Mopps
 from popo_jax.data.stream import PromptStream
 from popo_jax.data.tokenizer import characters
 from popo_jax.replay.buffer import Buffer
 from popo_jax.rl.rollout import Collector
 from popo_jax.rl.state import TrainState
+from popo_jax.rules import resolve
 from popo_jax.run_dir import Progress, RunDir
 from popo_jax.runtime.clocks import Clock
 from popo_jax.runtime.console import Console
@@ -66,10 +68,12 @@ def parts(path: Path, c: Config, *, grade: Callable[..., list[Verdict]] = grade_
     clock, run = Clock(), RunDir.at(path)
     sources = problems.load(c, TOKENIZER)
     stream = PromptStream(sources.train, seed=c.seed)
-    collect = Collector(c, b.rollout_sampler(), grade, TOKENIZER.decode, stream, None, Clock)
+    selection = Mopps(c.selection, seed=c.seed) if c.selection.method == "mopps" else None
+    choose = selection.choose if selection is not None else None
+    collect = Collector(c, b.rollout_sampler(), grade, TOKENIZER.decode, stream, None, choose, Clock)
     book = journal.Journal(run, Loggers((), run.path, {}), Console())
     nothing = lambda *_: None  # noqa: E731
-    return train.Parts(c, b, collect, Buffer(c.replay), lambda *_: {}, book, clock, nothing, lambda: False)
+    return train.Parts(c, b, collect, Buffer(c.replay), selection, lambda *_: {}, book, clock, nothing, lambda: False)
 
 
 def by_pattern(steps: list[list[str]], G: int = 4) -> Callable[..., list[Verdict]]:

@@ -29,18 +29,21 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class FilledSlots:
-    """A grain RandomAccessDataSource of the P places, in order: each slot's own group, or the stored one planned for it."""
+    """A grain RandomAccessDataSource of a plan's places, in order: each slot's own group, or the stored one planned for it.
+
+    An extra slot (beyond the P groups) that the plan leaves empty shows group s mod P; it is not counted.
+    """
 
     groups: Sequence[Group]
     plan: FillPlan
     stored: Stored
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return len(self.plan.source)
 
     def __getitem__(self, s: int) -> Slot:
         replayed = bool(self.plan.source[s] >= 0)
-        group = self.stored[int(self.plan.source[s])] if replayed else self.groups[s]
+        group = self.stored[int(self.plan.source[s])] if replayed else self.groups[s % len(self.groups)]
         return Slot(group, bool(self.plan.counted[s]), replayed)
 
 
@@ -58,7 +61,7 @@ def assemble(groups: Sequence[Group], plan: FillPlan, stored: Stored, *, T: int,
     def lay_out(slots: Sequence[Slot]) -> dict[str, np.ndarray]:
         return _lay_out(slots, T=T, marked_fresh=marked_fresh, with_ref=with_ref)
 
-    return grain.MapDataset.source(FilledSlots(groups, plan, stored)).batch(len(groups), batch_fn=lay_out)[0]
+    return grain.MapDataset.source(FilledSlots(groups, plan, stored)).batch(len(plan.source), batch_fn=lay_out)[0]
 
 
 def _lay_out(slots: Sequence[Slot], *, T: int, marked_fresh: bool, with_ref: bool) -> dict[str, np.ndarray]:

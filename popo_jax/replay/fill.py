@@ -25,9 +25,12 @@ def fill(
     preset: Preset,
     seed: int,
     step: int,
+    extra: int = 0,
     divergence: Mapping[int, float] | None = None,
 ) -> FillPlan:
-    """Plan the P slots of a batch whose fresh groups are `groups`; adds 1 to the times used of what it replays.
+    """Plan the slots of a batch whose P fresh groups are `groups`; adds 1 to the times used of what it replays.
+
+    `extra` more slots follow the P, ineffective by themselves, so only a preset that replays has any (ours, not the paper's).
 
     Effective groups stay. The ineffective slots: `keep` counts them; `mask` and `resample` (whatever its rounds left
     empty) give them zero weight; `replay` gives them, in slot order, the best stored groups in the preset's order, none
@@ -35,8 +38,8 @@ def fill(
     age = version - group.version, `version` the updates applied so far. `divergence`, for order `kl`, maps the ids of
     the scored groups to their distance from the current policy.
     """
-    counted = np.array([g.effective or preset.slots == "keep" for g in groups], bool)
-    source, age = np.full(len(groups), -1, np.int64), np.zeros(len(groups), np.int32)
+    counted = np.array([g.effective or preset.slots == "keep" for g in groups] + [False] * extra, bool)
+    source, age = np.full(len(counted), -1, np.int64), np.zeros(len(counted), np.int32)
     if preset.slots == "replay":
         pool = _Pool(buffer, usable(buffer, version=version), version, seed, step, divergence)
         empty = np.flatnonzero(~counted)

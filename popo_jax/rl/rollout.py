@@ -48,6 +48,8 @@ class Collector:
     """(position, n) -> the n prompts from there on."""
     reference: Callable[[list[Group]], list[Group]] | None
     """Adds logp_ref to fresh groups, if the loss has a KL term."""
+    choose: Callable[..., list[int]] | None
+    """(candidates, n, *, step, round_) -> indices of the n prompts to take, ascending; None: the stream's next ones."""
     timer: Callable[[], Any]
     """A new clock: `with clock(section):`, `clock.take()`. One a step, since steps overlap in time."""
 
@@ -59,9 +61,8 @@ class Collector:
         prompts: list[Prompt] = []
         clock = self.timer()
         for round_ in range(self.c.algorithm.max_rounds if resample else 1):
-            new = self.prompts(position, P)
-            groups += self._round(params, new, step, round_, position, clock)
-            position += P
+            new, ids, position = self._next(position, P, step, round_)
+            groups += self._round(params, new, ids, step, round_, clock)
             prompts += new
             if sum(g.effective for g in groups) >= P:
                 break
@@ -69,13 +70,22 @@ class Collector:
         seconds = {k: v for k, v in clock.take().items() if k.startswith("time/")}
         return Rollout(tuple(slots), tuple(groups), tuple(prompts), position, seconds)
 
-    def _round(self, params: Any, prompts: list[Prompt], step: int, round_: int, position: int, clock: Any) -> list[Group]:
+    def _next(self, position: int, P: int, step: int, round_: int) -> tuple[list[Prompt], list[int], int]:
+        """(the round's P prompts, their positions in the stream, the position after everything read)."""
+        if self.choose is None:
+            return self.prompts(position, P), list(range(position, position + P)), position + P
+        read = P * self.c.selection.candidates
+        candidates = self.prompts(position, read)
+        chosen = self.choose(candidates, P, step=step, round_=round_)
+        return [candidates[i] for i in chosen], [position + i for i in chosen], position + read
+
+    def _round(self, params: Any, prompts: list[Prompt], ids: list[int], step: int, round_: int, clock: Any) -> list[Group]:
         """A group's id is its prompt's position in the stream: unique in a run, whatever is changed on resume."""
         key = key_for(self.c.seed, Purpose.SAMPLE, step, round_)
         with clock("sample"):
             responses = self.sample(params, [p.tokens for p in prompts], key, version=step)
         with clock("grade"):
-            groups = grade_groups(prompts, responses, self.grade, self.decode, c=self.c, first_id=position)
+            groups = grade_groups(prompts, responses, self.grade, self.decode, c=self.c, ids=ids)
         return self.reference(groups) if self.reference else groups
 
 
@@ -93,7 +103,7 @@ def grade_groups(
     decode: Callable[[np.ndarray], str],
     *,
     c: Config,
-    first_id: int,
+    ids: Sequence[int],
 ) -> list[Group]:
     """P graded groups, advantages computed. Errors: UserError when more than 1 % of the verifiers' calls raised."""
     P, G = len(prompts), len(responses.tokens) // len(prompts)
@@ -108,7 +118,7 @@ def grade_groups(
     for p, prompt in enumerate(prompts):
         rows = slice(p * G, (p + 1) * G)
         reasons = tuple(v.reason for v in verdicts[rows])
-        g = _group(prompt, responses, rows, lengths[rows], first_id + p, c.loss.overlong == "mask")
+        g = _group(prompt, responses, rows, lengths[rows], ids[p], c.loss.overlong == "mask")
         g = replace(g, score=score[p], correct=correct[p], adv=adv[p], texts=tuple(texts[rows]), reasons=reasons)
         groups.append(replace(g, signal=signal_of(g, by=c.algorithm.effective_by)))
     return groups

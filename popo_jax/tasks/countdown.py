@@ -21,10 +21,11 @@ from etils import epath
 
 from popo_jax.config import CountdownConfig, TaskConfig
 from popo_jax.tasks import files
+from popo_jax.tasks.tags import answer_text
 from popo_jax.types import UserError, Verdict
 
-MAX_ANSWER, MAX_PADDED, MAX_DEPTH = 256, 65536, 32
-"""Characters of an expression; with the blanks around it; brackets open at once."""
+MAX_ANSWER, MAX_DEPTH = 256, 32
+"""Characters of an expression; brackets open at once."""
 MAX_NUMBERS, MAX_SOLVED = 8, 5
 """Numbers of a problem; of one whose expressions can all be gone through."""
 MAX_VALUE = 10**9 - 1
@@ -49,7 +50,7 @@ def grade(response: str, *, nums: Iterable[int], target: int) -> Verdict:
     Malformed: a sign (-3), `**`, `//`, "= 7" at the end, line breaks, characters beyond ASCII, more than 256 characters, 32 open
     brackets or nine digits a number. Errors: none on any text; TypeError if `nums` or `target` are not integers.
     """
-    answer = _answer(response)
+    answer = answer_text(response)
     if not answer:
         return Verdict(0.0, 0.0, "no answer")
     parsed = _parse(answer)
@@ -60,17 +61,6 @@ def grade(response: str, *, nums: Iterable[int], target: int) -> Verdict:
         return Verdict(0.1, 0.0, "wrong numbers")
     right = value == (operator.index(target), 1)
     return Verdict(1.0, 1.0, "right") if right else Verdict(0.1, 0.0, "wrong value")
-
-
-def _answer(response: str) -> str:
-    """What stands in the last <answer> pair, else the whole response; empty if a tag stays open."""
-    opening, closing = "<answer>", "</answer>"
-    start = response.rfind(opening, 0, max(response.rfind(closing), 0))
-    if start >= 0:
-        response = response[start + len(opening) : response.find(closing, start)]
-    elif opening in response:
-        return ""
-    return response.strip(" \t\r\n") if len(response) <= MAX_PADDED else response
 
 
 def _parse(text: str) -> tuple[list[int], Ratio | None] | None:

@@ -235,3 +235,10 @@ def test_random_runs_keep_the_invariants(seed):
         alive = [i for i in [*before, *(fresh[s].id for s in keep)] if i in held]
         assert held == alive and len(held) == len(set(held)) <= c.capacity
         assert all(version + 1 - g.version <= c.max_age and buffer.uses(g.id) < c.max_uses for g in buffer)
+
+
+def test_extra_slots_follow_the_dead_ones_and_stay_empty_without_stored_groups():
+    buffer = holding({0: 3})
+    plan = fill(buffer, make.batch(TABLE, version=1), version=1, preset=PRESETS["popo"], seed=0, step=1, extra=3)
+    assert plan.source.tolist() == [-1, 0, -1, 1, 2, -1, -1]
+    assert plan.counted.tolist() == [True] * 5 + [False] * 2 and plan.age.tolist() == [0, 1, 0, 1, 1, 0, 0]

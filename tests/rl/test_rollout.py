@@ -26,7 +26,7 @@ def graded(scores, correct=None, *, overlong="keep", ended=None, kind="grpo"):
     correct = scores if correct is None else correct
     verdicts = [Verdict(float(s), float(k), "r") for s, k in zip(scores, correct, strict=True)]
     c = tiny.config(loss__overlong=overlong, algorithm__advantages=kind)
-    return responses, grade_groups(PROMPTS, responses, lambda _: verdicts, lambda ids: str(list(ids)), c=c, first_id=10)
+    return responses, grade_groups(PROMPTS, responses, lambda _: verdicts, lambda ids: str(list(ids)), c=c, ids=[10, 11])
 
 
 def test_groups_are_ragged_rows_of_prompt_and_response():

@@ -1,0 +1,162 @@
+"""What settings must hold: ranges, relations, what a preset fills in, and which keys the chosen algorithm does not read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+from popo_jax import plain
+from popo_jax.config import TASK_NAMES, Config
+from popo_jax.types import UserError
+
+
+def resolve(c: Config) -> Config:
+    """Check every setting and fill in those that depend on others. Errors: UserError, one sentence."""
+    P = c.batch.prompts
+    capacity = c.replay.capacity if c.replay.capacity is not None else (64 if c.algorithm.name == "popo-stale" else 4) * P
+    candidates = c.replay.candidates if c.replay.candidates is not None else 4 * P
+    replay = dataclasses.replace(c.replay, capacity=capacity, candidates=candidates)
+    if c.algorithm.preset.order != "priority":  # eviction follows the same order
+        replay = dataclasses.replace(replay, quality="uniform", selection="top")
+    c = dataclasses.replace(c, replay=replay)
+    for sentence in _broken_rules(c):
+        raise UserError(sentence)
+    return c
+
+
+def unread(c: Config) -> dict[str, str]:
+    """Dotted keys (a section's name stands for all of it) that this run does not read, each with the reason."""
+    p, name = c.algorithm.preset, c.algorithm.name
+    keys: dict[str, str] = {}
+    if p.slots != "replay":
+        keys["replay"] = f"algorithm {name} has no replay"
+    if c.selection.method == "uniform":
+        others = ("candidates", "decay", "prior", "target")
+        keys |= {f"selection.{k}": "selection.method uniform takes the next prompts" for k in others}
+    if p.slots != "resample":
+        keys["algorithm.max_rounds"] = f"algorithm {name} samples once per step"
+    weighted = (p.slots == "replay" and not p.marked_fresh and p.around == "proximal") or c.weight.correct_sampler
+    if not weighted:
+        keys |= {f"weight.{k}": f"algorithm {name} has weight 1 everywhere" for k in ("cap", "level")}
+    if p.around == "behaviour":
+        keys["weight"] = f"algorithm {name} has weight 1 everywhere"
+    if p.order != "kl":
+        keys["replay.candidates"] = f"algorithm {name} does not score groups"
+    else:
+        keys |= {f"replay.{k}": "popo-kl orders by measured divergence" for k in ("quality", "selection", "half_life")}
+    if p.order == "newest":
+        keys |= {f"replay.{k}": f"algorithm {name} takes the newest group" for k in ("quality", "selection", "half_life")}
+    if c.replay.quality == "uniform" and c.replay.selection == "top":
+        keys.setdefault("replay.half_life", "pure recency orders by version alone")
+    if c.policy.path is not None:
+        keys["warm_start"] = "policy.path names a policy"
+        shape = (
+            "vocab_size",
+            "layers",
+            "width",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "mlp",
+            "rope_theta",
+            "rms_eps",
+            "attention_bias",
+            "tie_embeddings",
+        )
+        keys |= {f"model.{k}": "the shape comes from policy.path" for k in shape}
+    for i, task in enumerate(c.tasks):
+        for name in TASK_NAMES:
+            if task.name != name:
+                keys[f"tasks.{i}.{name}"] = f"task {i} is {task.name}"
+            elif task.train_file and task.eval_file:
+                keys[f"tasks.{i}.{name}"] = "both files are given"
+    return keys
+
+
+def why_unread(key: str, unread_keys: Mapping[str, str]) -> str | None:
+    """The reason why dotted `key`, or the section it lies in, is not read; None if it is."""
+    return next((why for k, why in unread_keys.items() if key == k or key.startswith(k + ".")), None)
+
+
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "be at least 1",
+        lambda v: v >= 1,
+        "steps batch.prompts batch.mini_batches batch.micro_batch sample.max_prompt_tokens sample.max_response_tokens "
+        "sample.chunk sample.top_k eval.every eval.problems eval.samples checkpoint.every checkpoint.keep_last "
+        "algorithm.max_rounds algorithm.dead_steps replay.min_age replay.max_uses replay.candidates mesh.data mesh.fsdp "
+        "mesh.tensor model.vocab_size model.layers model.width model.heads model.kv_heads model.mlp warm_start.steps "
+        "warm_start.batch selection.candidates",
+    ),
+    (
+        "be at least 0",
+        lambda v: v >= 0,
+        "seed replay.capacity loss.kl_coef loss.entropy_coef optim.warmup_steps optim.weight_decay checkpoint.keep_best "
+        "eval.temperature warm_start.seed replay.extra",
+    ),
+    (
+        "be above 0",
+        lambda v: v > 0,
+        "sample.temperature weight.cap replay.half_life optim.learning_rate optim.grad_clip optim.eps loss.clip_high "
+        "warm_start.learning_rate model.rope_theta model.rms_eps selection.prior",
+    ),
+    ("be above 1, or null for off", lambda v: v > 1, "loss.dual_clip"),
+    ("lie in (0, 1)", lambda v: 0 < v < 1, "loss.clip_low optim.b1 optim.b2"),
+    ("lie in (0, 1]", lambda v: 0 < v <= 1, "sample.top_p eval.top_p selection.decay"),
+    ("lie in [0, 1]", lambda v: 0 <= v <= 1, "warm_start.right selection.target"),
+)
+"""What a setting must do, the test, the dotted keys. None passes."""
+
+
+def _broken_rules(c: Config) -> Iterator[str]:
+    """A sentence for every setting that is out of range, or does not go with another."""
+    values = plain.dotted(plain.to_plain(c))
+    for expected, holds, keys in _RANGES:
+        for key in keys.split():
+            v = values[key]
+            if v is not None and not (math.isfinite(v) and holds(v)):
+                yield f"{key} must {expected}, got {v}"
+    if not c.tasks or len({t.name for t in c.tasks}) < len(c.tasks):
+        yield f"tasks must name at least one task, each once, got {[t.name for t in c.tasks]}"
+    for i, t in enumerate(c.tasks):
+        if not (math.isfinite(t.weight) and t.weight > 0):
+            yield f"tasks.{i}.weight must be above 0, got {t.weight}"
+    yield from _broken_relations(c)
+
+
+def _broken_relations(c: Config) -> Iterator[str]:
+    b, s, r, m, p = c.batch, c.sample, c.replay, c.model, c.algorithm.preset
+    mini = c.slots // b.mini_batches * b.group_size
+    slots = f"batch.prompts ({b.prompts})" + (f" + replay.extra ({r.extra})" if c.slots > b.prompts else "")
+    weighs = p.slots == "replay" or c.weight.correct_sampler
+    full = f"with algorithm {c.algorithm.name}, which weighs by log-probs of the full distribution"
+    rules = (
+        (
+            b.group_size > 1,
+            f"batch.group_size must be at least 2: {c.algorithm.advantages} advantages compare a group, got {b.group_size}",
+        ),
+        (c.slots % b.mini_batches == 0, f"batch.mini_batches must divide {slots}, got {b.mini_batches}"),
+        (
+            b.micro_batch is None or mini % b.micro_batch == 0,
+            f"batch.micro_batch must divide the rows of a mini-batch ({mini}), got {b.micro_batch}",
+        ),
+        (
+            s.max_rows is None or s.max_rows >= b.group_size,
+            f"sample.max_rows must hold a group ({b.group_size} rows), got {s.max_rows}",
+        ),
+        (
+            c.eval.samples == 1 or c.eval.temperature > 0,
+            f"eval.samples must be 1 when eval.temperature is 0, got {c.eval.samples}",
+        ),
+        (m.heads % m.kv_heads == 0, f"model.heads must be a multiple of model.kv_heads ({m.kv_heads}), got {m.heads}"),
+        (m.head_dim > 0 and m.head_dim % 2 == 0, f"model.head_dim must be even and above 0, got {m.head_dim}"),
+        (r.max_age >= r.min_age, f"replay.max_age must be at least replay.min_age ({r.min_age}), got {r.max_age}"),
+        (
+            max(c.seed, c.warm_start.seed) < 2**32,
+            f"seed and warm_start.seed must be below 2^32, got {c.seed}, {c.warm_start.seed}",
+        ),
+        (not weighs or s.top_p == 1, f"sample.top_p must be 1.0 {full}, got {s.top_p}"),
+        (not weighs or s.top_k is None, f"sample.top_k must be off {full}, got {s.top_k}"),
+    )
+    yield from (sentence for holds, sentence in rules if not holds)

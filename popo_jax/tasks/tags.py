@@ -1,0 +1,17 @@
+"""Where the answer stands in a response: alone, or between <answer> tags."""
+
+from __future__ import annotations
+
+MAX_PADDED = 65536
+"""Characters of a response whose blanks are stripped; a longer one is handed on as it is, to be refused for its length."""
+
+
+def answer_text(response: str) -> str:
+    """What stands in the last <answer> pair, else the whole response, without blanks around it; empty if a tag stays open."""
+    opening, closing = "<answer>", "</answer>"
+    start = response.rfind(opening, 0, max(response.rfind(closing), 0))
+    if start >= 0:
+        response = response[start + len(opening) : response.find(closing, start)]
+    elif opening in response:
+        return ""
+    return response.strip(" \t\r\n") if len(response) <= MAX_PADDED else response
