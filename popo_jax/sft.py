@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 import popo_jax.policy as policies
 from popo_jax import build, plain, problems
-from popo_jax.config import Config, OptimConfig
+from popo_jax.config import TASK_NAMES, Config, OptimConfig
 from popo_jax.data import stream
 from popo_jax.data.tokenizer import characters
 from popo_jax.policy import Policy
@@ -72,9 +72,10 @@ def fresh_policy(c: Config) -> Policy:
 
 def cache_key(c: Config, fresh: Policy) -> str:
     """Hash of model, tokenizer, tasks, limits and warm-start settings (its seed among them)."""
-    parts: Sequence[Any] = (c.model, c.tasks, c.warm_start, c.row_tokens)
+    tasks = [{k: v for k, v in plain.to_plain(t).items() if k == t.name or k not in TASK_NAMES} for t in c.tasks]
     prints = problems.fingerprints(problems.load(c, fresh.tokenizer))
-    identity = [FORMAT, fresh.tokenizer.fingerprint(), prints, *[plain.to_plain(p) for p in parts]]
+    parts: Sequence[Any] = (plain.to_plain(c.model), tasks, plain.to_plain(c.warm_start), c.row_tokens)
+    identity = [FORMAT, fresh.tokenizer.fingerprint(), prints, *parts]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

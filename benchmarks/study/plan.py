@@ -1,0 +1,80 @@
+"""What the study runs: tasks, algorithms as command-line settings, and the cells (task, algorithm, group size, seed) in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+TASKS = Path(__file__).parent / "tasks"
+MAIN, OTHERS = "countdown-70", ("countdown-40", "countdown-90", "arithmetic")
+"""All algorithms run on the first; grpo, grpo-filter, dapo and popo on the others."""
+
+MOPPS = ("--selection.method", "mopps")
+EXTRA = ("--replay.extra", "16", "--batch.mini-batches", "4")
+ALGORITHMS: Mapping[str, tuple[str, ...]] = {
+    "grpo": ("--algorithm", "grpo"),
+    "grpo-filter": ("--algorithm", "grpo-filter"),
+    "dapo": ("--algorithm", "dapo"),
+    "popo": ("--algorithm", "popo"),
+    "popo-ineff": ("--algorithm", "popo-ineff"),
+    "popo-stale": ("--algorithm", "popo-stale"),
+    "popo-pi-old": ("--algorithm", "popo-pi-old"),
+    "popo-behav": ("--algorithm", "popo-behav"),
+    "popo-kl": ("--algorithm", "popo-kl"),
+    "mopps": ("--algorithm", "grpo", *MOPPS),
+    "popo+mopps": ("--algorithm", "popo", *MOPPS),
+    "rloo": ("--algorithm", "grpo", "--algorithm.advantages", "rloo"),
+    "popo+rloo": ("--algorithm", "popo", "--algorithm.advantages", "rloo"),
+}
+"""The paper's method, its baselines and its ablations."""
+CANDIDATES: Mapping[str, tuple[str, ...]] = {
+    "popo, variance": ("--algorithm", "popo", "--replay.quality", "variance"),
+    "popo, variance, half-life 16": ("--algorithm", "popo", "--replay.quality", "variance", "--replay.half-life", "16"),
+    "popo, proportional": ("--algorithm", "popo", "--replay.selection", "proportional"),
+    "grpo, 4 mini-batches": ("--algorithm", "grpo", "--batch.mini-batches", "4"),
+    "popo, extra slots": ("--algorithm", "popo", *EXTRA),
+    "popo+mopps, extra slots": ("--algorithm", "popo", *EXTRA, *MOPPS),
+}
+"""What might beat plain recency at the same rollouts (and grpo with as many updates a step, to compare with)."""
+SEEDS = {"grpo": 5, "dapo": 5, "popo": 5}
+"""On the main task; 3 for the rest."""
+SIZES = (4, 16, 32)
+"""Group sizes besides 8."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    task: str
+    algorithm: str
+    seed: int
+    group_size: int = 8
+
+    @property
+    def name(self) -> str:
+        """Of its files: letters, digits and dashes."""
+        algorithm = self.algorithm.replace(", ", "--").replace(" ", "-").replace("+", "-and-")
+        return f"{self.task}/{algorithm}-g{self.group_size}-s{self.seed}"
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What follows `popo train`, the run's directory aside."""
+        size = () if self.group_size == 8 else ("--batch.group-size", str(self.group_size))
+        chosen = (ALGORITHMS | CANDIDATES)[self.algorithm]
+        return (str(TASKS / f"{self.task}.yaml"), *chosen, *size, "--seed", str(self.seed))
+
+
+def cells() -> list[Cell]:
+    """Every cell once, those first that say most: seeds in the outer loop, so that an unfinished study is a smaller one."""
+    return list(dict.fromkeys(_ordered()))
+
+
+def _ordered() -> Iterator[Cell]:
+    four = ("grpo", "grpo-filter", "dapo", "popo")
+    for seed in range(3):
+        yield from (Cell(MAIN, a, seed) for a in four)
+        yield from (Cell(task, a, seed) for task in OTHERS for a in four)
+        yield from (Cell(MAIN, a, seed) for a in (*ALGORITHMS, *CANDIDATES))
+        if seed < 2:
+            yield from (Cell(MAIN, a, seed, G) for G in SIZES for a in ("grpo", "popo"))
+    yield from (Cell(MAIN, a, seed) for seed in (3, 4) for a, n in SEEDS.items() if seed < n)
