@@ -174,8 +174,10 @@ class SelectionConfig:
     """Times the prompts per step: how many are read from the stream to choose from; the others pass by."""
     decay: float = 0.5
     """What earlier counts of a prompt weigh when it is seen again; 1: never forgets."""
-    prior: float = 1.0
-    """Of both sides of the Beta distribution."""
+    prior: float = 2.0
+    """Strength of the Beta prior, alpha + beta."""
+    prior_mean: Literal["half", "running"] = "half"
+    """half: one half, so that prompts never seen are tried first, as in MoPPS; running: the success rate of late."""
     target: float = 0.5
 
 

@@ -32,7 +32,7 @@ def unread(c: Config) -> dict[str, str]:
     if p.slots != "replay":
         keys["replay"] = f"algorithm {name} has no replay"
     if c.selection.method == "uniform":
-        others = ("candidates", "decay", "prior", "target")
+        others = ("candidates", "decay", "prior", "prior_mean", "target")
         keys |= {f"selection.{k}": "selection.method uniform takes the next prompts" for k in others}
     if p.slots != "resample":
         keys["algorithm.max_rounds"] = f"algorithm {name} samples once per step"

@@ -11,6 +11,7 @@ MAIN, OTHERS = "countdown-70", ("countdown-40", "countdown-90", "arithmetic")
 """All algorithms run on the first; grpo, grpo-filter, dapo and popo on the others."""
 
 MOPPS = ("--selection.method", "mopps")
+RUNNING = (*MOPPS, "--selection.prior-mean", "running")
 EXTRA = ("--replay.extra", "16", "--batch.mini-batches", "4")
 ALGORITHMS: Mapping[str, tuple[str, ...]] = {
     "grpo": ("--algorithm", "grpo"),
@@ -34,7 +35,9 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "popo, proportional": ("--algorithm", "popo", "--replay.selection", "proportional"),
     "grpo, 4 mini-batches": ("--algorithm", "grpo", "--batch.mini-batches", "4"),
     "popo, extra slots": ("--algorithm", "popo", *EXTRA),
-    "popo+mopps, extra slots": ("--algorithm", "popo", *EXTRA, *MOPPS),
+    "mopps, running prior": ("--algorithm", "grpo", *RUNNING),
+    "popo+mopps, running prior": ("--algorithm", "popo", *RUNNING),
+    "popo+mopps, running prior, extra slots": ("--algorithm", "popo", *EXTRA, *RUNNING),
 }
 """What might beat plain recency at the same rollouts (and grpo with as many updates a step, to compare with)."""
 SEEDS = {"grpo": 5, "dapo": 5, "popo": 5}
@@ -73,7 +76,7 @@ def _ordered() -> Iterator[Cell]:
     four = ("grpo", "grpo-filter", "dapo", "popo")
     for seed in range(3):
         yield from (Cell(MAIN, a, seed) for a in four)
-        yield from (Cell(task, a, seed) for task in OTHERS for a in four)
+        yield from (Cell(task, a, seed) for a in four for task in OTHERS)
         yield from (Cell(MAIN, a, seed) for a in (*ALGORITHMS, *CANDIDATES))
         if seed < 2:
             yield from (Cell(MAIN, a, seed, G) for G in SIZES for a in ("grpo", "popo"))

@@ -10,7 +10,7 @@ from popo_jax.data.selection import Mopps
 from popo_jax.types import Prompt, UserError
 from tests.replay import make
 
-C = SelectionConfig(method="mopps", decay=0.5, prior=1.0)
+C = SelectionConfig(method="mopps", decay=0.5, prior=2.0)
 
 
 def prompts(n: int) -> list[Prompt]:
@@ -78,5 +78,26 @@ def test_arrays_give_the_same_posteriors_back():
     assert empty.observed == 0
     with pytest.raises(UserError, match=r"must hold its posteriors"):
         empty.load({"id": np.zeros(3)})
-    with pytest.raises(UserError, match=r"got 2 ids and counts \(1, 2\)"):
+    with pytest.raises(UserError, match=r"selection_ids \(2,\), selection_counts \(1, 2\)"):
         empty.load(m.arrays() | {"selection_counts": np.ones((1, 2))})
+
+
+def test_a_running_prior_follows_the_success_rate_and_lets_the_known_go_first():
+    c = SelectionConfig(method="mopps", decay=1.0, prior=2.0, prior_mean="running")
+    m = Mopps(c, seed=0)
+    assert m.posterior("p0") == (1, 1)
+    m.observe([graded(0, [1, 0, 0, 0]), graded(1, [0, 0, 0, 0], 1)])
+    assert m.posterior("p9") == pytest.approx((2 * 2 / 10, 2 * 8 / 10))  # (1 + 1) of (2 + 8)
+    m.observe([graded(1, [0, 0, 0, 0])])
+    mean = (0.9 * 1 + 1) / (0.9 * 8 + 4 + 2)
+    assert m.posterior("p9") == pytest.approx((2 * mean, 2 - 2 * mean))
+    other = Mopps(c, seed=0)
+    other.load(m.arrays())
+    assert other.posterior("p9") == m.posterior("p9")
+    for _ in range(20):
+        m.observe([graded(0, [1, 0, 0, 1]), *(graded(i, [0, 0, 0, 0]) for i in range(1, 8))])
+    every = prompts(64)
+    first = np.mean([0 in m.choose(every, 8, step=s, round_=0) for s in range(100)])
+    half = Mopps(SelectionConfig(decay=1.0), seed=0)
+    half.load(m.arrays())
+    assert first > 0.95 and np.mean([0 in half.choose(every, 8, step=s, round_=0) for s in range(100)]) < 0.95
