@@ -12,6 +12,7 @@ MAIN, OTHERS = "countdown-70", ("countdown-40", "countdown-90", "arithmetic")
 
 MOPPS = ("--selection.method", "mopps")
 RUNNING = (*MOPPS, "--selection.prior-mean", "running")
+OLD = ("--replay.max-age", "20", "--replay.capacity", "256")
 EXTRA = ("--replay.extra", "16", "--batch.mini-batches", "4")
 ALGORITHMS: Mapping[str, tuple[str, ...]] = {
     "grpo": ("--algorithm", "grpo"),
@@ -33,6 +34,7 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "popo, variance": ("--algorithm", "popo", "--replay.quality", "variance"),
     "popo, variance, half-life 16": ("--algorithm", "popo", "--replay.quality", "variance", "--replay.half-life", "16"),
     "popo, proportional": ("--algorithm", "popo", "--replay.selection", "proportional"),
+    "popo, 5 to 20 old": ("--algorithm", "popo", "--replay.min-age", "5", *OLD),
     "grpo, 4 mini-batches": ("--algorithm", "grpo", "--batch.mini-batches", "4"),
     "popo, extra slots": ("--algorithm", "popo", *EXTRA),
     "mopps, running prior": ("--algorithm", "grpo", *RUNNING),

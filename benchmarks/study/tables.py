@@ -40,7 +40,7 @@ def _where(found: Found) -> str:
     return (
         f"{len(runs)} runs; {'; '.join(facts)}. Accuracy: held out, 512 problems, temperature 0.6, mean of the last three "
         "evaluations, in %. Brackets: 95 % percentile bootstrap over seeds (scipy); with three seeds it is rather too narrow. "
-        "`> N`: not reached within N."
+        "`> N`: not reached within N. *dead at first*: ineffective groups over the first ten steps."
     )
 
 
@@ -51,7 +51,7 @@ def by_algorithm(found: Found, task: str) -> str:
     head = (
         "algorithm",
         "seeds",
-        "dead at step 1",
+        "dead at first",
         "start",
         "final",
         "minus grpo",
@@ -66,7 +66,7 @@ def by_algorithm(found: Found, task: str) -> str:
         score = final(runs)
         to_dapo = "" if targets["dapo"] is None else of_reach(reach(runs, targets["dapo"], by="responses"), thousands)
         to_grpo = "" if targets["grpo"] is None else of_reach(reach(runs, targets["grpo"], by="steps"), whole)
-        dead = 1 - np.mean([r.rows[1]["groups/effective"] for r in runs])
+        dead = 1 - np.mean([r.column("groups/effective")[:10] for r in runs])
         start = np.mean([r.rows[0]["eval/accuracy"] for r in runs])
         cells = (name, len(runs), f"{100 * dead:.0f} %", percent(start), f"{percent(score.mean())} {span(score)}")
         total = thousands(np.mean([r.total("rollouts_total") for r in runs]))
