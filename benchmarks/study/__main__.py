@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.study import runner
 from benchmarks.study.figures import write
-from benchmarks.study.plan import ALGORITHMS, CANDIDATES, MAIN, Cell, cells
+from benchmarks.study.plan import EVERY, MAIN, Cell, cells
 from benchmarks.study.results import load
 from benchmarks.study.tables import claims, document
 
@@ -93,7 +93,7 @@ def block(results: Path) -> str:
 def smoke(workers: int) -> int:
     """Every algorithm for a few steps. Exit status 0 only if each ran to its end and gave tables and figures."""
     with tempfile.TemporaryDirectory() as folder:
-        results, every = Path(folder) / "results", [Cell(MAIN, name, 0) for name in (*ALGORITHMS, *CANDIDATES)]
+        results, every = Path(folder) / "results", [Cell(MAIN, name, 0) for name in EVERY]
         failed = runner.run_all(every, Path(folder) / "work", results, workers=workers, more=SMOKE)
         for cell in failed:
             print((Path(folder) / "work" / f"{cell.name}.log").read_text(), file=sys.stderr)

@@ -42,6 +42,12 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "popo+mopps, running prior, extra slots": ("--algorithm", "popo", *EXTRA, *RUNNING),
 }
 """What might beat plain recency at the same rollouts (and grpo with as many updates a step, to compare with)."""
+DIAGNOSES: Mapping[str, tuple[str, ...]] = {
+    "grpo, short momentum": ("--algorithm", "grpo", "--optim.b1", "0.1"),
+    "popo, short momentum": ("--algorithm", "popo", "--optim.b1", "0.1"),
+}
+"""Why plain recency changes little: does Adam's first moment (b1 0.9 elsewhere) already replay the last steps' gradients?"""
+EVERY: Mapping[str, tuple[str, ...]] = {**ALGORITHMS, **CANDIDATES, **DIAGNOSES}
 SEEDS = {"grpo": 5, "dapo": 5, "popo": 5}
 """On the main task; 3 for the rest."""
 SIZES = (4, 16, 32)
@@ -65,7 +71,7 @@ class Cell:
     def settings(self) -> tuple[str, ...]:
         """What follows `popo train`, the run's directory aside."""
         size = () if self.group_size == 8 else ("--batch.group-size", str(self.group_size))
-        chosen = (ALGORITHMS | CANDIDATES)[self.algorithm]
+        chosen = EVERY[self.algorithm]
         return (str(TASKS / f"{self.task}.yaml"), *chosen, *size, "--seed", str(self.seed))
 
 
@@ -79,7 +85,7 @@ def _ordered() -> Iterator[Cell]:
     for seed in range(3):
         yield from (Cell(MAIN, a, seed) for a in four)
         yield from (Cell(task, a, seed) for a in four for task in OTHERS)
-        yield from (Cell(MAIN, a, seed) for a in (*ALGORITHMS, *CANDIDATES))
+        yield from (Cell(MAIN, a, seed) for a in EVERY)
         if seed < 2:
             yield from (Cell(MAIN, a, seed, G) for G in SIZES for a in ("grpo", "popo"))
     yield from (Cell(MAIN, a, seed) for seed in (3, 4) for a, n in SEEDS.items() if seed < n)

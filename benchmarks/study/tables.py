@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study.plan import ALGORITHMS, CANDIDATES, MAIN, OTHERS, SIZES
+from benchmarks.study.plan import ALGORITHMS, EVERY, MAIN, OTHERS, SIZES
 from benchmarks.study.results import Key, Reach, Run, final, grid, interval, load, mean_of, reach
 
 Found = Mapping[Key, Sequence[Run]]
@@ -46,7 +46,7 @@ def _where(found: Found) -> str:
 
 def by_algorithm(found: Found, task: str) -> str:
     """One line per algorithm of a task, group size 8."""
-    runs_of = {a: found.get((task, a, 8)) for a in (*ALGORITHMS, *CANDIDATES)}
+    runs_of = {a: found.get((task, a, 8)) for a in EVERY}
     targets = {a: float(final(runs).mean()) if (runs := runs_of[a]) else None for a in ("grpo", "dapo")}
     head = (
         "algorithm",
@@ -103,7 +103,7 @@ def inside(found: Found, task: str) -> str:
         ("CPU s a step", "cpu/step", small),
     )
     lines = []
-    for name in (*ALGORITHMS, *CANDIDATES):
+    for name in EVERY:
         if runs := found.get((task, name, 8)):
             lines.append((name, *(show(mean_of(runs, key, last=100)) for _, key, show in keys)))
     return table(("algorithm", *(k[0] for k in keys)), lines)
@@ -139,7 +139,7 @@ def claims(found: Found) -> str:
     """The paper's claims as questions, on the main task and the others."""
     lines = []
     for task in (MAIN, *OTHERS):
-        of = {a: found.get((task, a, 8)) for a in (*ALGORITHMS, *CANDIDATES)}
+        of = {a: found.get((task, a, 8)) for a in EVERY}
         grpo, dapo, popo = of["grpo"], of["dapo"], of["popo"]
         if not (grpo and dapo and popo):
             continue

@@ -12,13 +12,13 @@ import pytest
 
 from benchmarks.study import __main__ as study
 from benchmarks.study import figures, results, runner, tables
-from benchmarks.study.plan import ALGORITHMS, CANDIDATES, MAIN, SIZES, Cell, cells
+from benchmarks.study.plan import EVERY, MAIN, SIZES, Cell, cells
 from popo_jax.cli import parse_config
 
 HERE = Path(study.__file__).parent
 
 
-@pytest.mark.parametrize("name", [*ALGORITHMS, *CANDIDATES])
+@pytest.mark.parametrize("name", EVERY)
 def test_every_algorithm_is_made_of_settings_that_are_read(name):
     path, *settings = Cell(MAIN, name, 3).settings
     said: list[str] = []
@@ -43,7 +43,7 @@ def test_the_plan_holds_every_cell_once():
         if c.task == MAIN:
             seeds[c.algorithm, c.group_size] += 1
     assert [seeds[a, 8] for a in ("grpo", "dapo", "popo")] == [5, 5, 5]
-    assert all(seeds[a, 8] == 3 for a in (*ALGORITHMS, *CANDIDATES) if a not in ("grpo", "dapo", "popo"))
+    assert all(seeds[a, 8] == 3 for a in EVERY if a not in ("grpo", "dapo", "popo"))
     assert all(seeds[a, G] == 2 for a in ("grpo", "popo") for G in SIZES)
 
 
