@@ -61,10 +61,12 @@ def run(cell: Cell, work: Path, results: Path, *, core: int | None, more: Sequen
     pin = (lambda: os.sched_setaffinity(0, {core})) if core is not None else None
     with log.open("a") as out:
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, preexec_fn=pin).returncode
-    stopped = log.read_text().rstrip().splitlines()[-1] if code else None
-    print(f"{cell.name}: {'done' if code == 0 else stopped}", flush=True)
-    if code not in (0, 2) or not (folder / "metrics.jsonl").exists():
-        return False  # a crash is no result; what was saved is resumed the next time
+    last = log.read_text().rstrip().splitlines()[-1]
+    stopped = last if code == 2 and last.startswith("error: step ") else None  # such as ten steps without a signal
+    if not stopped and (code or not json.loads((folder / "summary.json").read_text())["finished"]):
+        print(f"{cell.name}: exit {code}, {last}", flush=True)
+        return False  # a crash or an interruption is no result; what was saved is resumed the next time
+    print(f"{cell.name}: {stopped or 'done'}", flush=True)
     keep(cell, folder, results, stopped, pinned=core is not None)
     return True
 

@@ -94,6 +94,10 @@ def test_differences_are_paired_by_seed():
     np.testing.assert_allclose(tables.differences(a, b), [0.1, 0.1])
 
 
+INTERRUPTED = 100
+"""Exit 0 after SIGTERM: saved, not finished."""
+
+
 class FakeTrain:
     """Stands for `popo train`: writes a run directory and ends with the codes given."""
 
@@ -108,25 +112,28 @@ class FakeTrain:
         (folder / "checkpoints" / "20").mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").write_text(json.dumps(row(0, 0.5)) + "\n")
         code = self.codes.pop(0)
+        (folder / "summary.json").write_text(json.dumps({"finished": code == 0}))
+        if code == INTERRUPTED:
+            code = 0
         stdout.write("error: step 3: a dead verifier\n" if code else "done\n")
         return subprocess.CompletedProcess(command, code)
 
 
 def test_the_runner_keeps_what_ended_resumes_what_broke_and_repeats_nothing(tmp_path, monkeypatch):
-    fake = FakeTrain(0, -9, 2)
+    fake = FakeTrain(0, -9, 2, INTERRUPTED)
     monkeypatch.setattr(runner.subprocess, "run", fake)
-    every = [Cell(MAIN, a, 0) for a in ("grpo", "popo", "dapo")]
+    every = [Cell(MAIN, a, 0) for a in ("grpo", "popo", "dapo", "mopps")]
     failed = runner.run_all(every, tmp_path / "work", tmp_path / "results", workers=1)
-    assert [c.algorithm for c in failed] == ["popo"] and len(fake.calls) == 3
+    assert [c.algorithm for c in failed] == ["popo", "mopps"] and len(fake.calls) == 4
     kept = results.load(tmp_path / "results")
     assert {k[1]: runs[0].ending["stopped"] for k, runs in kept.items()} == {
         "grpo": None,
         "dapo": "error: step 3: a dead verifier",
     }
     assert kept[MAIN, "grpo", 8][0].rows == [row(0, 0.5)]
-    fake.codes = [0]
+    fake.codes = [0, 0]
     assert runner.run_all(every, tmp_path / "work", tmp_path / "results", workers=1) == []
-    assert len(fake.calls) == 4 and "--resume" in fake.calls[-1] and "popo" in fake.calls[-1][-1]
+    assert len(fake.calls) == 6 and all("--resume" in c for c in fake.calls[-2:]) and "popo" in fake.calls[-2][-1]
 
 
 def test_a_figure_knows_the_series_it_was_drawn_from(tmp_path):
