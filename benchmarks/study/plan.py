@@ -12,7 +12,7 @@ MAIN, OTHERS = "countdown-70", ("countdown-40", "countdown-90", "arithmetic")
 
 MOPPS = ("--selection.method", "mopps")
 RUNNING = (*MOPPS, "--selection.prior-mean", "running")
-OLD = ("--replay.max-age", "20", "--replay.capacity", "256")
+OLD = ("--replay.min-age", "5", "--replay.max-age", "20", "--replay.capacity", "256")
 EXTRA = ("--replay.extra", "16", "--batch.mini-batches", "4")
 ALGORITHMS: Mapping[str, tuple[str, ...]] = {
     "grpo": ("--algorithm", "grpo"),
@@ -34,12 +34,15 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "popo, variance": ("--algorithm", "popo", "--replay.quality", "variance"),
     "popo, variance, half-life 16": ("--algorithm", "popo", "--replay.quality", "variance", "--replay.half-life", "16"),
     "popo, proportional": ("--algorithm", "popo", "--replay.selection", "proportional"),
-    "popo, 5 to 20 old": ("--algorithm", "popo", "--replay.min-age", "5", *OLD),
+    "popo, 5 to 20 old": ("--algorithm", "popo", *OLD),
     "grpo, 4 mini-batches": ("--algorithm", "grpo", "--batch.mini-batches", "4"),
     "popo, extra slots": ("--algorithm", "popo", *EXTRA),
     "mopps, running prior": ("--algorithm", "grpo", *RUNNING),
     "popo+mopps, running prior": ("--algorithm", "popo", *RUNNING),
     "popo+mopps, running prior, extra slots": ("--algorithm", "popo", *EXTRA, *RUNNING),
+    "popo, 5 to 20 old, extra slots": ("--algorithm", "popo", *OLD, *EXTRA),
+    "popo+mopps, running prior, 5 to 20 old": ("--algorithm", "popo", *OLD, *RUNNING),
+    "popo+mopps, running prior, 5 to 20 old, extra slots": ("--algorithm", "popo", *OLD, *EXTRA, *RUNNING),
 }
 """What might beat plain recency at the same rollouts (and grpo with as many updates a step, to compare with)."""
 DIAGNOSES: Mapping[str, tuple[str, ...]] = {
@@ -83,9 +86,7 @@ def cells() -> list[Cell]:
 def _ordered() -> Iterator[Cell]:
     four = ("grpo", "grpo-filter", "dapo", "popo")
     for seed in range(3):
-        yield from (Cell(MAIN, a, seed) for a in four)
+        yield from (Cell(MAIN, a, seed) for a in (*four, *EVERY))
         yield from (Cell(task, a, seed) for a in four for task in OTHERS)
-        yield from (Cell(MAIN, a, seed) for a in EVERY)
-        if seed < 2:
-            yield from (Cell(MAIN, a, seed, G) for G in SIZES for a in ("grpo", "popo"))
+    yield from (Cell(MAIN, a, seed, G) for seed in range(2) for G in SIZES for a in ("grpo", "popo"))
     yield from (Cell(MAIN, a, seed) for seed in (3, 4) for a, n in SEEDS.items() if seed < n)
