@@ -6,7 +6,7 @@ B sequences, T queries, S keys, K key/value heads, R query heads to each of them
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,15 @@ Rope = tuple[Float[Array, "*B T H/2"], Float[Array, "*B T H/2"]]
 """Cosines and sines."""
 
 
-def attention(q_BKRTH: Array, k_BKSH: Array, v_BKSH: Array, mask: Array) -> Array:
+def attention(q_BKRTH: Array, k: Array, v_BKSH: Array, mask: Array, *, keys: Literal["BKSH", "BKHS"] = "BKSH") -> Array:
     """softmax(q k' / sqrt(H)) v, [B, K, R, T, H]; softmax in float32.
 
-    mask: bool, broadcast to [B, T, S], True = seen. A query that sees nothing gets the mean of all values: finite, unused.
+    `keys` is the layout of k. mask: bool, broadcast to [B, T, S], True = seen. A query that sees nothing gets the mean of all
+    values: finite, unused.
     """
     H = q_BKRTH.shape[-1]
     q_BKRTH = q_BKRTH * jnp.asarray(H**-0.5, q_BKRTH.dtype)
-    scores = jnp.einsum("BKRTH,BKSH->BKRTS", q_BKRTH, k_BKSH, precision=precision(q_BKRTH), preferred_element_type=jnp.float32)
+    scores = jnp.einsum(f"BKRTH,{keys}->BKRTS", q_BKRTH, k, precision=precision(q_BKRTH), preferred_element_type=jnp.float32)
     mask_BKRTS = mask[..., None, None, :, :] if mask.ndim == 3 else mask
     weights = jax.nn.softmax(jnp.where(mask_BKRTS, scores, -1e30), axis=-1).astype(v_BKSH.dtype)
     return jnp.einsum("BKRTS,BKSH->BKRTH", weights, v_BKSH, precision=precision(v_BKSH))

@@ -154,11 +154,11 @@ class Decoder:
         self, decode_params: DecodeParams, cache: Cache, token: Int[Array, " B"], slot: Int[Array, ""], start: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits after one more token per row, all rows at the same slot; row b's position is slot - start[b]."""
-        mask_BTS = visible(start, slot[None], cache[0][0].shape[2])
+        mask_BTS = visible(start, slot[None], cache[0][1].shape[2])
 
         def attend(i: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             layer = write(cache[i], k, v, slot)
-            return attention(q, *layer, mask_BTS), layer
+            return attention(q, *layer, mask_BTS, keys="BKHS"), layer
 
         return self._unrolled(decode_params, token[:, None], (slot - start)[:, None], attend)
 

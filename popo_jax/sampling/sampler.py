@@ -92,7 +92,7 @@ class Sampler:
             active = ~np.asarray(rows.done)
             if not active.any():
                 break
-            bucket = smaller_bucket(len(active), int(active.sum()))
+            bucket = smaller_bucket(size * self.c.samples, int(active.sum()))
             if bucket < len(active):
                 kept = np.argsort(~active, kind="stable")[:bucket]
                 rows, row = _take(rows, kept), row[kept]
@@ -111,10 +111,20 @@ def right_align(prompts: Sequence[np.ndarray], size: int, limit: int) -> tuple[n
 
 
 def smaller_bucket(rows: int, active: int) -> int:
-    """The least of rows, rows/2, rows/4, ... (not under SMALLEST_BUCKET) that holds the active ones."""
-    while rows % 2 == 0 and rows // 2 >= max(active, SMALLEST_BUCKET):
+    """The least bucket of a wave of `rows` that holds the active ones: rows, 3/4 rows, 1/2, 3/8, 1/4, ...
+
+    Only whole numbers, none under SMALLEST_BUCKET. Each is a compiled program; with lengths spread evenly the steps of three
+    quarters save a tenth of the decoded rows.
+    """
+    best = rows
+    while rows >= max(active, SMALLEST_BUCKET):
+        best = rows
+        if rows % 4 == 0 and rows // 4 * 3 >= max(active, SMALLEST_BUCKET):
+            best = rows // 4 * 3
+        if rows % 2:
+            break
         rows //= 2
-    return rows
+    return best
 
 
 def _record(out: Responses, drawn: Drawn, row: np.ndarray, t: int) -> None:

@@ -197,7 +197,7 @@ def test_greedy_over_the_cache_equals_greedy_by_full_forward_passes():
 
 def test_a_cache_is_one_array_per_layer_head_major():
     _, cache = prefill(C, weights_of(C), tokens_of((B, 6)), jnp.zeros(B, jnp.int32), 9)
-    assert [[x.shape for x in layer] for layer in cache] == [[(B, 3, 9, 8)] * 2] * 2
+    assert [[x.shape for x in layer] for layer in cache] == [[(B, 3, 8, 9), (B, 3, 9, 8)]] * 2
 
 
 def test_bfloat16_is_near_float32_and_logits_stay_float32():

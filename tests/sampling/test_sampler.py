@@ -162,7 +162,21 @@ def test_right_align():
     np.testing.assert_array_equal(start, [3, 4, 3])
 
 
-@pytest.mark.parametrize(("rows", "active", "bucket"), [(256, 129, 256), (256, 128, 128), (256, 1, 8), (24, 5, 12), (9, 1, 9)])
+@pytest.mark.parametrize(
+    ("rows", "active", "bucket"),
+    [
+        (256, 193, 256),
+        (256, 192, 192),
+        (256, 129, 192),
+        (256, 128, 128),
+        (256, 96, 96),
+        (256, 1, 8),
+        (24, 5, 9),
+        (24, 13, 18),
+        (9, 1, 9),
+        (4, 1, 4),
+    ],
+)
 def test_smaller_bucket(rows, active, bucket):
     assert smaller_bucket(rows, active) == bucket
 
