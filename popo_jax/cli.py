@@ -1,4 +1,4 @@
-"""popo train | sft | eval | export | inspect: parses, then calls one function. Imports nothing heavy before that."""
+"""popo train | sft | eval | export | bench | inspect: parses, then calls one function. Imports nothing heavy before that."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ USAGE = """usage: popo COMMAND ...
   popo eval RUN [--k 1 8]                 greedy accuracy, avg@k and pass@k on held-out problems
   popo export RUN --out DIR [--step N]    a folder that transformers opens
   popo inspect RUN                        what a run and its checkpoints hold
+  popo bench [CASE ...]                   how fast the parts are here; --list names the cases
 
 popo COMMAND --help lists the options; popo train CONFIG --help lists every setting."""
 
@@ -63,6 +64,20 @@ class InspectArgs:
     run: tyro.conf.Positional[Path]
 
 
+@dataclass(frozen=True)
+class BenchArgs:
+    """How fast the parts of training are on this machine: a JSON line a case, then a table."""
+
+    cases: tyro.conf.Positional[tuple[str, ...]] = ()
+    """None: all."""
+    size: tuple[str, ...] = ()
+    """tiny, small, 0.5b, 1.5b, 7b. None: tiny and small on a CPU, 1.5b on an accelerator."""
+    out: Path | None = None
+    """A new file that takes the lines too."""
+    list: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Only name the cases and sizes."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done (or stopped and saved), 2 bad input told in one sentence."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -72,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "export": _export,
         "inspect": _inspect,
+        "bench": _bench,
     }
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
@@ -236,6 +252,20 @@ def _inspect(args: list[str]) -> None:
     from popo_jax import inspect
 
     inspect.command(a.run)
+
+
+def _bench(args: list[str]) -> None:
+    a = tyro.cli(BenchArgs, prog="popo bench", args=args)
+    try:
+        from benchmarks.suite import registry
+    except ModuleNotFoundError as e:
+        if e.name not in ("benchmarks", "benchmarks.suite"):
+            raise
+        raise UserError("popo bench: benchmarks are not installed; in a checkout, run: python -m popo_jax.cli bench") from None
+    if a.list:
+        print(registry.listing())
+        return
+    registry.command(a.cases, a.size, a.out)
 
 
 if __name__ == "__main__":
