@@ -23,10 +23,10 @@ PROMPT, RESPONSE = 32, 64
 """Tokens of every prompt and of every response."""
 SAMPLE_ROWS = 64
 """Case `sample`: that many different prompts, one response each, temperature 1."""
-TRAIN_ROWS = 128
-"""Case `train`: rows of PROMPT + RESPONSE tokens, GRPO loss on the responses, forward, backward, clip, AdamW."""
 PROMPTS, GROUP = 16, 8
 """Case `step`: a whole trainer's step on PROMPTS x GROUP responses: sample, reward, advantages, update."""
+TRAIN_ROWS = PROMPTS * GROUP
+"""Case `train`: that many rows of PROMPT + RESPONSE tokens, GRPO loss on the responses, forward, backward, clip, AdamW."""
 
 LEARNING_RATE, B1, B2, EPS, GRAD_CLIP = 1e-4, 0.9, 0.999, 1e-8, 1.0
 CLIP = 0.2

@@ -28,28 +28,47 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": LARGE, "MALLOC_TRIM_THRESHOLD_": LARGE, "MAL
 """glibc keeps freed memory instead of giving it back: no page faults in the next step."""
 HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """glibc asks for transparent huge pages."""
-OURS_TWICE = (
-    Contestant(OURS, "benchmarks.peers.ours", "ours"),
-    Contestant(f"{OURS}, huge pages", "benchmarks.peers.ours", "ours", variables=HUGE),
-)
+MICRO = ("--micro-batch", "32")
+"""Gradients accumulated over 4 parts of 32 rows: less memory to touch; every trainer has the setting."""
+
+
+def _ours(name: str = "", *arguments: str, **variables: str) -> Contestant:
+    return Contestant(f"{OURS}{name}", "benchmarks.peers.ours", "ours", arguments, variables)
+
+
+def _torch(name: str = "", *arguments: str, **variables: str) -> Contestant:
+    return Contestant(f"torch{name}", "benchmarks.peers.torch_step", "trl", arguments, variables)
+
+
+def _trl(name: str = "", *arguments: str, **variables: str) -> Contestant:
+    return Contestant(f"trl{name}", "benchmarks.peers.trl_learner", "trl", arguments, variables)
+
+
 CASES: Mapping[str, tuple[Contestant, ...]] = {
     "sample": (
-        *OURS_TWICE,
+        _ours(),
+        _ours(", huge pages", **HUGE),
         Contestant("transformers", "benchmarks.peers.hf_generate", "trl"),
         Contestant("transformers, malloc", "benchmarks.peers.hf_generate", "trl", variables=MALLOC),
         Contestant("transformers, compiled", "benchmarks.peers.hf_generate", "trl", ("--cache", "static")),
         Contestant("tunix", "benchmarks.peers.tunix_sampler", "tunix"),
     ),
     "train": (
-        *OURS_TWICE,
-        Contestant("torch", "benchmarks.peers.torch_step", "trl"),
-        Contestant("torch, malloc", "benchmarks.peers.torch_step", "trl", variables=MALLOC),
+        _ours(),
+        _ours(", huge pages", **HUGE),
+        _ours(", micro-batch", *MICRO),
+        _torch(),
+        _torch(", malloc", **MALLOC),
+        _torch(", micro-batch", *MICRO),
     ),
     "step": (
-        *OURS_TWICE,
-        Contestant("trl", "benchmarks.peers.trl_learner", "trl"),
-        Contestant("trl, malloc", "benchmarks.peers.trl_learner", "trl", variables=MALLOC),
+        _ours(),
+        _ours(", micro-batch", *MICRO),
+        _trl(),
+        _trl(", malloc", **MALLOC),
+        _trl(", micro-batch", *MICRO),
         Contestant("tunix", "benchmarks.peers.tunix_learner", "tunix"),
+        Contestant("tunix, micro-batch", "benchmarks.peers.tunix_learner", "tunix", MICRO),
     ),
 }
 

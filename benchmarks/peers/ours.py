@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks.peers import case
-from benchmarks.peers.worker import WARM, Gate, serve
+from benchmarks.peers.worker import WARM, Gate, micro_batch, serve
 from popo_jax import build, train
 from popo_jax.build import Built
 from popo_jax.config import from_dict, resolve
@@ -31,10 +31,11 @@ from popo_jax.sharding import BATCH
 from popo_jax.types import Prompt, Verdict
 
 
-def config(**over: Any) -> dict[str, Any]:
+def config(algorithm: str, micro_batch: int | None) -> dict[str, Any]:
+    """Both cases that train have PROMPTS x GROUP rows."""
     return {
-        "algorithm": "grpo",
-        "batch": {"prompts": case.PROMPTS, "group_size": case.GROUP},
+        "algorithm": algorithm,
+        "batch": {"prompts": case.PROMPTS, "group_size": case.GROUP, "micro_batch": micro_batch},
         "sample": {"max_prompt_tokens": case.PROMPT, "max_response_tokens": case.RESPONSE},
         "loss": {"clip_low": case.CLIP, "clip_high": case.CLIP},
         "optim": {
@@ -45,12 +46,11 @@ def config(**over: Any) -> dict[str, Any]:
             "grad_clip": case.GRAD_CLIP,
         },
         "steps": 10**6,
-        **over,
     }
 
 
-def built(inputs: Path, **over: Any) -> tuple[Built, Params]:
-    c = resolve(from_dict(config(**over)))
+def built(inputs: Path, algorithm: str = "grpo") -> tuple[Built, Params]:
+    c = resolve(from_dict(config(algorithm, micro_batch())))
     b = build.build(c, hf.read_config(inputs / "policy"), eos_ids=(case.EOS,), mesh=mesh.make_mesh(c.mesh))
     return b, b.place_params(hf.load(inputs / "policy", hf.read_config(inputs / "policy")))
 
@@ -70,12 +70,13 @@ def sample(gate: Gate) -> None:
 
 def train_step(gate: Gate) -> None:
     """The clip is taken around the batch's old log-probs, as the peers do: the preset popo-behav, every row replayed."""
-    rows = {"prompts": case.TRAIN_ROWS // case.GROUP, "group_size": case.GROUP}
-    b, params = built(gate.inputs, batch=rows, algorithm="popo-behav")
+    b, params = built(gate.inputs, "popo-behav")
     data = np.load(gate.inputs / "batch.npz")
-    replayed, version = np.zeros(case.TRAIN_ROWS, bool), np.zeros(case.TRAIN_ROWS, np.int32)
-    mask, old = data["mask"], data["logp_old"]
-    batch = mesh.place(Batch(data["tokens"], mask, mask, old, old, data["adv"], replayed, version), b.mesh, BATCH)
+    per_row = {"adv": data["adv"], "fresh": np.zeros(b.c.rows, bool), "version": np.zeros(b.c.rows, np.int32)}
+    masks = {"sampled_mask": data["mask"], "token_mask": data["mask"]}
+    old = {"logp_behav": data["logp_old"], "logp_sampler": data["logp_old"]}
+    fields: dict[str, Any] = {"tokens": data["tokens"], **masks, **old, **per_row}
+    batch = mesh.place(Batch(**fields), b.mesh, BATCH)
     state = b.state(params)
     checked: list[tuple[float, float]] = gate.facts.setdefault("loss_and_norm", [])
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.peers import case
-from benchmarks.peers.worker import WARM, Gate, serve
+from benchmarks.peers.worker import WARM, Gate, micro_batch, serve
 
 
 def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -28,6 +28,8 @@ def main() -> None:
     data = np.load(gate.inputs / "batch.npz")
     batch = {k: torch.from_numpy(data[k]) for k in ("logp_old", "adv")}
     batch["tokens"] = torch.from_numpy(data["tokens"].astype(np.int64))
+    rows = micro_batch() or case.TRAIN_ROWS
+    micros = [{k: x[i : i + rows] for k, x in batch.items()} for i in range(0, case.TRAIN_ROWS, rows)]
     betas = (case.B1, case.B2)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=case.LEARNING_RATE, betas=betas, eps=case.EPS, weight_decay=0.0, fused=True
@@ -37,8 +39,11 @@ def main() -> None:
 
     def step() -> int:
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(model, batch)
-        loss.backward()
+        loss = torch.zeros(())
+        for micro in micros:
+            part = loss_of(model, micro) / len(micros)
+            part.backward()
+            loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.GRAD_CLIP)
         optimizer.step()
         if len(checked) < WARM:

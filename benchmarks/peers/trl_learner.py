@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.peers import case
-from benchmarks.peers.worker import Gate
+from benchmarks.peers.worker import Gate, micro_batch
 
 
 class AtEnd(TrainerCallback):
@@ -30,10 +30,12 @@ class AtEnd(TrainerCallback):
 
 
 def settings(folder: str) -> GRPOConfig:
+    all_rows = case.PROMPTS * case.GROUP
+    rows = micro_batch() or all_rows
     return GRPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=case.PROMPTS * case.GROUP,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=all_rows // rows,
         num_generations=case.GROUP,
         max_completion_length=case.RESPONSE,
         temperature=1.0,

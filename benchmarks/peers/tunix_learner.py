@@ -1,6 +1,6 @@
 """Tunix's GRPOLearner, case `step`: one optimizer step on PROMPTS x GROUP responses, sampled by its own sampler.
 
-Set as ours: float32, no KL, one mini-batch and one micro-batch, rollout and actor share one model on one device.
+Set as ours: float32, no KL, one mini-batch, rollout and actor share one model on one device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
 from benchmarks.peers import case, tunix_model
-from benchmarks.peers.worker import Gate
+from benchmarks.peers.worker import Gate, micro_batch
 
 
 class Steps:
@@ -50,7 +50,8 @@ def cluster(model: nnx.Module, tokenizer: Any, mesh: jax.sharding.Mesh) -> RLClu
         eval_every_n_steps=10**6,
         max_steps=10**6,
         mini_batch_size=case.PROMPTS,
-        train_micro_batch_size=case.PROMPTS,
+        train_micro_batch_size=(micro_batch() or case.PROMPTS * case.GROUP) // case.GROUP,
+        rollout_micro_batch_size=case.PROMPTS,
     )
     rollout = RolloutConfig(
         max_tokens_to_generate=case.RESPONSE,

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -15,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-
 
 WARM = 3
 """Steps before the first that is timed: programs compile, memory is taken."""
@@ -68,6 +68,13 @@ class Gate:
             self._ready = True
         self.left, self._tokens = int(self.channel.receive()["steps"]), 0
         self._began = time.perf_counter()
+
+
+def micro_batch() -> int | None:
+    """The command line's --micro-batch: rows per gradient accumulation; None: all rows of a step at once."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--micro-batch", type=int)
+    return parser.parse_args().micro_batch
 
 
 def serve(gate: Gate, step: Callable[[], int]) -> NoReturn:
