@@ -15,13 +15,14 @@ from benchmarks.peers import case
 from benchmarks.peers.worker import WARM, Gate, micro_batch, serve
 from popo_jax import build, train
 from popo_jax.build import Built
-from popo_jax.config import from_dict, resolve
+from popo_jax.config import from_dict
 from popo_jax.data import tokenizer
 from popo_jax.journal import Journal
 from popo_jax.models import hf
 from popo_jax.replay.buffer import Buffer
 from popo_jax.rl.rollout import Collector
 from popo_jax.rl.state import Batch, Params
+from popo_jax.rules import resolve
 from popo_jax.run_dir import Progress, RunDir
 from popo_jax.runtime import mesh
 from popo_jax.runtime.clocks import Clock
@@ -112,9 +113,10 @@ def whole_step(gate: Gate) -> None:
     """`train.loop` itself, with the run's files; each round is one call of it, so that no step overlaps a peer's round."""
     b, params = built(gate.inputs)
     tok, run = tokenizer.load(gate.inputs / "policy"), RunDir.at(tempfile.mkdtemp())
-    collect = Collector(b.c, b.rollout_sampler(), grade, tok.decode, Prompts(gate.inputs), None, Clock)
+    collect = Collector(b.c, b.rollout_sampler(), grade, tok.decode, Prompts(gate.inputs), None, None, Clock)
     journal = Journal(run, Loggers((), run.path, {}), Console(quiet=True))
-    parts = train.Parts(b.c, b, collect, Buffer(b.c.replay), lambda *_: {}, journal, Clock(), lambda *_: None, lambda: False)
+    nothing = lambda *_: None  # noqa: E731
+    parts = train.Parts(b.c, b, collect, Buffer(b.c.replay), None, lambda *_: {}, journal, Clock(), nothing, lambda: False)
     state, progress = b.state(params), Progress()
     while True:
         steps, before = gate.left, progress.tokens_generated_total

@@ -1,6 +1,7 @@
 """The committed rows as Markdown: medians, and every contestant's time over ours, with the spread over the cycles.
 
-python -m benchmarks.peers.table          (rows: results/*.jsonl, written by benchmarks.peers.run; RESULTS.md holds the output)
+python -m benchmarks.peers.table          writes the part of benchmarks/RESULTS.md that stands between its markers, from the
+                                          rows in results/*.jsonl, which benchmarks.peers.run writes
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 from benchmarks.peers.contestants import CASES, OURS
 
 RESULTS = Path(__file__).parent / "results"
+SHOWN = Path(__file__).parents[1] / "RESULTS.md"
+BEGIN, END = "<!-- peers: made by python -m benchmarks.peers.table -->", "<!-- end of peers -->"
 Row = Mapping[str, Any]
 TITLES = {"two_cores": "two cores", "one_core": "one pinned core"}
 AIMS: Mapping[tuple[str, str, str], tuple[float, float]] = {
@@ -76,8 +79,22 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([HEAD, "|" + "---|" * (HEAD.count("|") - 1), *filter(None, lines)])
 
 
+def section(rows: Sequence[Row]) -> str:
+    """What stands between the markers: where it was measured, with what, and the table."""
+    of = {r["contestant"]: r for r in rows}
+    versions = {f"{k} {v}" for r in of.values() for k, v in r["versions"].items()}
+    facts = [", ".join(sorted({r[key] for r in rows})) for key in ("machine", "date", "commit")]
+    return f"{BEGIN}\n\n{'; '.join(facts)}. {', '.join(sorted(versions))}.\n\n{table(rows)}\n\n{END}"
+
+
+def replaced(text: str, rows: Sequence[Row]) -> str:
+    """RESULTS.md with its section made anew."""
+    before, rest = text.split(BEGIN)
+    return before + section(rows) + rest.split(END, 1)[1]
+
+
 def main() -> None:
-    print(table(read()))
+    SHOWN.write_text(replaced(SHOWN.read_text(), read()))
 
 
 if __name__ == "__main__":
