@@ -5,6 +5,7 @@ The one place where training programs are jitted: `popo plan` and the benchmarks
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from popo_jax.rl.state import Batch, Params, StepOut, TrainState
 from popo_jax.rl.supervised import supervised_step
 from popo_jax.sampling.sampler import Decoding, Sampler
 from popo_jax.types import UserError
+
+CPU_TOKENS = 4096
+"""Of a micro-batch on a CPU: what is saved for the backward pass then stays near the caches, and no fresh pages are needed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +85,27 @@ def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mes
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
     rows = NamedSharding(mesh, sharding.BATCH)
     replicated = NamedSharding(mesh, PartitionSpec())
+    split = split_for(mesh.devices.flat[0].platform, c, shards)
     train_step = jax.jit(
-        functools.partial(update.train_step, model=model, tx=tx, c=c),
+        functools.partial(update.train_step, model=model, tx=tx, c=split),
         in_shardings=(state_shardings, rows),
         out_shardings=(state_shardings, StepOut(replicated, rows)),  # type: ignore[arg-type]
         donate_argnums=0,
     )
-    return Built(c, mesh, model, tx, eos_ids, abstract, train_step, _scorer(c, model, state_shardings.params, rows))
+    return Built(c, mesh, model, tx, eos_ids, abstract, train_step, _scorer(split, model, state_shardings.params, rows))
+
+
+def split_for(platform: str, c: Config, shards: int) -> Config:
+    """`c` with `batch.micro_batch` None decided for a platform: on a CPU at most CPU_TOKENS, elsewhere a whole mini-batch.
+
+    A micro-batch divides the mini-batch's rows and has as many rows on every one of `shards`.
+    """
+    if platform != "cpu" or c.batch.micro_batch is not None:
+        return c
+    mini = c.rows // c.batch.mini_batches
+    sizes = [n for n in range(1, mini + 1) if mini % n == 0 and n % shards == 0] or [mini]
+    micro = max((n for n in sizes if n * c.row_tokens <= CPU_TOKENS), default=sizes[0])
+    return dataclasses.replace(c, batch=dataclasses.replace(c.batch, micro_batch=micro))
 
 
 def supervised(model: Decoder, tx: optax.GradientTransformation) -> Callable[..., tuple[TrainState, jax.Array]]:

@@ -148,7 +148,7 @@ class BatchConfig:
     mini_batches: int = 1
     """Optimizer steps per batch; mini-batch m holds the slots s with s mod M == m."""
     micro_batch: int | None = None
-    """Rows per gradient accumulation; None: a whole mini-batch at once."""
+    """Rows per gradient accumulation; None: a whole mini-batch at once, on a CPU as many rows as make 4096 tokens."""
 
 
 @dataclass(frozen=True)
