@@ -65,7 +65,7 @@ class Built:
         s = self.c.sample
         rows = s.max_rows if s.max_rows is not None else self.c.batch.prompts * self.c.batch.group_size
         c = Decoding(samples, temperature, top_k, top_p, s.max_prompt_tokens, s.max_response_tokens, s.chunk, rows, self.eos_ids)
-        return Sampler(self.model, c)
+        return Sampler(self.model, c, self.mesh)
 
     def rollout_sampler(self) -> Sampler:
         s = self.c.sample
@@ -74,7 +74,7 @@ class Built:
 
 def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mesh: Mesh) -> Built:
     """Everything compiled for one policy on one mesh; nothing is compiled yet. Errors: UserError if rows do not shard."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh.shape)
     if c.rows % shards:
         raise UserError(
             f"mesh: data x fsdp ({shards}) must divide the rows of a batch ({c.slots} groups x batch.group_size), got {c.rows}"

@@ -226,7 +226,7 @@ def _sft(args: list[str]) -> None:
     from popo_jax import sft
     from popo_jax.runtime.mesh import make_mesh
 
-    sft.make(c, make_mesh(c.mesh), out, console.say)
+    sft.make(c, make_mesh(c), out, console.say)
 
 
 def _eval(args: list[str]) -> None:

@@ -273,7 +273,8 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class MeshConfig:
     data: int | None = None
-    """None: all devices that the other axes leave."""
+    """None: all devices that the other axes leave. A CPU is divided into as many devices as asked for; None: one a core, up to
+    8, as far as they divide the rows of a mini-batch, for a policy of up to 100 MB."""
     fsdp: int = 1
     tensor: int = 1
 

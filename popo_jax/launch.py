@@ -47,7 +47,7 @@ class Start:
 
 def new(c: Config, console: Console) -> dict[str, Any]:
     """`popo train CONFIG`: a new run directory, trained to the end. Returns the summary."""
-    mesh = make_mesh(c.mesh)
+    mesh = make_mesh(c)
     run_dir.create(c, make=False)  # refused before the warm start, made when nothing else can be refused
     folder = sft.starting_policy(c, mesh, console.say)
     policy = policies.describe(folder, c)
@@ -65,7 +65,7 @@ def new(c: Config, console: Console) -> dict[str, Any]:
 
 def resume(c: Config, run: RunDir, step: int | None, console: Console) -> dict[str, Any]:
     """`popo train --resume RUN`: from its newest whole checkpoint, or the one of `step`, to the end."""
-    mesh, policy = make_mesh(c.mesh), policies.describe(run.path / "policy", c)
+    mesh, policy = make_mesh(c), policies.describe(run.path / "policy", c)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
     with _checkpoints(c, run) as checkpoints:
         if not checkpoints.steps():

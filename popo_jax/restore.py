@@ -39,7 +39,7 @@ def restore(run: epath.PathLike, step: int | None) -> Restored:
     folder = run_dir.open_existing(run).path
     c = load_config(folder / "config.yaml")
     policy = policies.describe(folder / "policy", c)
-    built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=make_mesh(c.mesh))
+    built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=make_mesh(c))
     with Checkpoints(folder / "checkpoints", keep_last=c.checkpoint.keep_last, keep_best=c.checkpoint.keep_best) as checkpoints:
         if not checkpoints.steps():
             raise UserError(f"{folder} holds no checkpoint yet")

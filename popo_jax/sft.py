@@ -28,8 +28,9 @@ from popo_jax.rl.optim import make_tx
 from popo_jax.rl.state import Params, Purpose, TrainState, key_for
 from popo_jax.runtime import mesh as meshes
 from popo_jax.runtime.mesh import cache_dir
-from popo_jax.sharding import BATCH
+from popo_jax.sharding import BATCH, row_shards
 from popo_jax.tasks import get_task
+from popo_jax.types import UserError
 
 REPORTS = 5
 """How often a warm start says where it is."""
@@ -81,7 +82,9 @@ def cache_key(c: Config, fresh: Policy) -> str:
 
 def warm_start(c: Config, policy: Policy, mesh: Mesh, say: Callable[[str], None]) -> Params:
     """Parameters after `warm_start.steps` of supervised learning."""
-    w = c.warm_start
+    w, shards = c.warm_start, row_shards(mesh.shape)
+    if w.batch % shards:
+        raise UserError(f"warm_start.batch must be a multiple of the mesh's data x fsdp ({shards}), got {w.batch}")
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
     params = built.fresh_params(key_for(w.seed, Purpose.INIT, 0))
     tx = make_tx(OptimConfig(weight_decay=0.01))

@@ -5,13 +5,15 @@ Knows no device: sizes of mesh axes come as a mapping, results are trees of Part
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
-BATCH = PartitionSpec(("data", "fsdp"))
+ROW_AXES = ("data", "fsdp")
+BATCH = PartitionSpec(ROW_AXES)
 """Rows of a batch."""
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
@@ -43,6 +45,11 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "head/kernel": ("embed", "vocab"),
 }
 """Path in the parameters -> logical axis of each of the weight's axes."""
+
+
+def row_shards(mesh_sizes: Mapping[str, int]) -> int:
+    """Devices that the rows of a batch are split over."""
+    return math.prod(mesh_sizes[name] for name in ROW_AXES)
 
 
 def param_specs(params: Any, mesh_sizes: Mapping[str, int] | None = None, rules: Mapping[str, Any] = RULES) -> Any:

@@ -1,4 +1,5 @@
-"""Compiled programs are shared between tests and worker processes: presets that differ in data only compile once."""
+"""One device, whatever the machine. Compiled programs are shared between tests and worker processes: presets that differ in
+data only compile once."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import pytest
 CACHE = Path(os.environ.setdefault("POPO_TEST_CACHE", tempfile.mkdtemp(prefix="popo-test-")))
 os.environ.setdefault("POPO_CACHE", str(CACHE))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "xla")
+os.environ["JAX_NUM_CPU_DEVICES"] = "1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 

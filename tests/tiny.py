@@ -50,7 +50,7 @@ def config(**dotted: Any) -> Config:
 
 def built(c: Config) -> Built:
     shape = dataclasses.replace(c.model, vocab_size=TOKENIZER.vocab_size)
-    return build.build(c, shape, eos_ids=TOKENIZER.eos_ids, mesh=make_mesh(c.mesh))
+    return build.build(c, shape, eos_ids=TOKENIZER.eos_ids, mesh=make_mesh(c))
 
 
 def sharp(params: Any, factor: float = 4.0) -> Any:

@@ -13,6 +13,7 @@ from benchmarks.suite import checkpoint, loop, replay, report, sampler, startup,
 from benchmarks.suite.report import Line
 from benchmarks.suite.sizes import SIZES, Size, defaults
 from popo_jax import plain
+from popo_jax.runtime import mesh
 from popo_jax.types import UserError
 
 CASES: Mapping[str, Callable[[Size], Iterator[Line]]] = {
@@ -37,6 +38,7 @@ def command(cases: Sequence[str], sizes: Sequence[str], out: Path | None) -> Non
     if out is not None and out.exists():
         raise UserError(f"popo bench: --out {out} must not exist yet")
     jax.config.update("jax_enable_compilation_cache", False)
+    mesh.divide_cpu(min(mesh.cpu_devices(size.train, mesh.cores()) for size in SIZES.values() if size.on_cpu))
     platform = jax.default_backend()
     chosen = list(cases) or [name for name in CASES if name != "startup" or platform == "cpu"]
     lines = []

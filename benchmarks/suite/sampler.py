@@ -32,15 +32,16 @@ def run(size: Size) -> Iterator[Line]:
 
 def phases(size: Size, b: Built, params: Any) -> Iterator[Line]:
     """The two compiled programs of a wave, no row ending before the limit."""
-    model, c, key = b.model, endless(b), jax.random.key(KEY)
-    shape, P, n, R = model.c, b.c.batch.prompts, c.max_prompt, c.max_response
-    weights = sampling._for_decode(params, model=model)
+    c, key = endless(b), jax.random.key(KEY)
+    shape, P, n, R = b.model.c, b.c.batch.prompts, c.max_prompt, c.max_response
+    static: Any = {"model": b.model, "mesh": b.mesh}
+    weights = sampling._for_decode(params, **static)
     tokens, start = sampling.right_align(prompts(b.c, shape.vocab_size), P, n)
     args = (weights, tokens, start, np.arange(P * c.samples, dtype=np.int32), key)
-    prefill = compiled(sampling._prefill, *args, model=model, c=c)
+    prefill = compiled(sampling._prefill, *args, c=c, **static)
     S = np.int32(tokens.shape[1])
-    rows = jax.eval_shape(lambda *a: sampling._prefill(*a, model=model, c=c), *args)[0]
-    decode = compiled(sampling._decode, weights, rows, S, np.int32(1), key, model=model, c=c)
+    rows = jax.eval_shape(lambda *a: sampling._prefill(*a, c=c, **static), *args)[0]
+    decode = compiled(sampling._decode, weights, rows, S, np.int32(1), key, c=c, **static)
 
     def all_chunks(rows: Any) -> object:
         for t in range(1, R, c.chunk):
@@ -88,8 +89,8 @@ def calls(size: Size, b: Built, params: Any) -> Iterator[Line]:
     longest, shortest = c.max_response, max(c.max_response // 10, 1)
     mean = (longest + shortest + 1) // 2
     forced = {"equal": equal(mean, longest), "uniform": uniform(shortest, longest)}
-    samplers = {"whole": Sampler(b.model, endless(b))} | {
-        name: Sampler(Forced(b.model.c, c.eos_ids[0], c.max_prompt, hazard), c) for name, hazard in forced.items()
+    samplers = {"whole": Sampler(b.model, endless(b), b.mesh)} | {
+        name: Sampler(Forced(b.model.c, c.eos_ids[0], c.max_prompt, hazard), c, b.mesh) for name, hazard in forced.items()
     }
     asked, key = prompts(b.c, b.model.c.vocab_size), jax.random.key(KEY)
     lengths = {name: s(params, asked, key, version=0).sampled_mask.sum(axis=1) for name, s in samplers.items()}

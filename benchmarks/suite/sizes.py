@@ -93,7 +93,7 @@ def built(c: Config, devices: int) -> Built:
     if c.batch.micro_batch is not None:
         batch = dataclasses.replace(c.batch, micro_batch=c.batch.micro_batch * devices)
         c = resolve(dataclasses.replace(c, batch=batch, mesh=dataclasses.replace(c.mesh, fsdp=devices)))
-    return build(c, dataclasses.replace(c.model, vocab_size=vocab), eos_ids=TOKENIZER.eos_ids, mesh=make_mesh(c.mesh))
+    return build(c, dataclasses.replace(c.model, vocab_size=vocab), eos_ids=TOKENIZER.eos_ids, mesh=make_mesh(c))
 
 
 def prompts(c: Config, vocab: int) -> Sequence[np.ndarray]:

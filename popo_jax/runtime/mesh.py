@@ -10,8 +10,13 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from popo_jax.config import MeshConfig
+from popo_jax.config import Config
 from popo_jax.types import UserError
+
+CPU_DEVICES = (8, 4, 2)
+"""Into how many devices a CPU may be divided."""
+SMALL = 10**8
+"""Bytes of weights, up to which a CPU is divided: every device keeps them, their gradients and the optimizer's state."""
 
 
 def cache_dir() -> epath.Path:
@@ -26,15 +31,55 @@ def start() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def make_mesh(c: MeshConfig) -> Mesh:
-    """Axes data, fsdp, tensor over all devices. Errors: UserError if the axes do not multiply to their number."""
-    devices = jax.device_count()
-    data = c.data if c.data is not None else devices // (c.fsdp * c.tensor)
-    if data * c.fsdp * c.tensor != devices:
+def make_mesh(c: Config) -> Mesh:
+    """Axes data, fsdp, tensor over all devices; a CPU is divided into as many as suit `c`, if jax has not run yet.
+
+    Errors: UserError if the axes do not multiply to the number of devices.
+    """
+    divide_cpu(cpu_devices(c, cores()))
+    devices, m = jax.device_count(), c.mesh
+    data = m.data if m.data is not None else devices // (m.fsdp * m.tensor)
+    if data * m.fsdp * m.tensor != devices:
         raise UserError(
-            f"mesh: data x fsdp x tensor must be the number of devices ({devices}), got {data} x {c.fsdp} x {c.tensor}"
+            f"mesh: data x fsdp x tensor must be the number of devices ({devices}), got {data} x {m.fsdp} x {m.tensor}"
         )
-    return jax.make_mesh((data, c.fsdp, c.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh((data, m.fsdp, m.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_devices(c: Config, cores: int) -> int:
+    """Into how many devices a CPU is divided: what `mesh` asks for, else one for each core if the policy is small.
+
+    The operations of a small policy's decoding are too small to be shared among cores, its rows are not: two devices on two
+    cores sample 1.4 times as fast as one. Small is one made from `model`, or up to SMALL bytes of safetensors.
+    """
+    m = c.mesh
+    fixed = m.fsdp * m.tensor
+    if m.data is not None or not (c.policy.path is None or 0 < _weights(epath.Path(c.policy.path)) <= SMALL):
+        return fixed * (m.data or 1)
+    split = (c.rows // c.batch.mini_batches, c.batch.prompts * c.batch.group_size, c.warm_start.batch)
+    fits = (n for n in CPU_DEVICES if n * fixed <= cores and all(rows % (n * m.fsdp) == 0 for rows in split))
+    return fixed * next(fits, 1)
+
+
+def _weights(folder: epath.Path) -> int:
+    """Bytes of a policy's files; 0 where there are none."""
+    return sum(f.stat().length for f in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+def divide_cpu(n: int) -> None:
+    """Have jax show the CPU as n devices. Nothing happens if jax has run or the user chose ($JAX_NUM_CPU_DEVICES, $XLA_FLAGS)."""
+    chosen = jax.config.jax_num_cpu_devices > 0  # type: ignore[attr-defined]
+    if chosen or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", n)
+    except RuntimeError:
+        return  # the backend is up
 
 
 def place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

@@ -2,26 +2,32 @@
 
 Each prompt is prefilled once and shared by its G samples. Rows decode in lock-step, a chunk of tokens per program; between
 chunks finished rows are dropped and the rest moved to the next smaller bucket. `max_rows` cuts the rows into waves of
-whole groups. None of it changes a draw: keys belong to (row, token).
+whole groups. Every shard of the mesh's (data, fsdp) samples rows of its own, from its own copy of the weights: no cache and
+no token leaves its device, and unless the model is split too no shard waits for another within a chunk. None of it changes a
+draw: keys belong to (row, token).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from popo_jax.models.decoder import Decoder
 from popo_jax.sampling.draw import draw
+from popo_jax.sharding import BATCH, ROW_AXES, row_shards
 from popo_jax.types import Responses
 
 SMALLEST_BUCKET = 8
+"""Rows of a shard."""
+WHOLE = PartitionSpec()
 
 
 class SampleFn(Protocol):
@@ -67,6 +73,7 @@ class Sampler:
 
     model: Decoder
     c: Decoding
+    mesh: Mesh
 
     def __call__(self, params: Any, prompts: Sequence[np.ndarray], key: jax.Array, *, version: int) -> Responses:
         longest = max(len(p) for p in prompts)
@@ -76,28 +83,43 @@ class Sampler:
         out = Responses(
             np.zeros((B, R), np.int32), np.zeros((B, R), bool), np.zeros((B, R), np.float32), np.zeros(B, bool), version
         )
-        weights = _for_decode(params, model=self.model)
+        weights = _for_decode(params, model=self.model, mesh=self.mesh)
         per_wave = len(prompts) if self.c.max_rows is None else min(len(prompts), max(self.c.max_rows // self.c.samples, 1))
         for first in range(0, len(prompts), per_wave):
             self._wave(weights, prompts[first : first + per_wave], key, first, per_wave, out)
         return replace(out, ended=_ended(out, self.c.eos_ids))
 
     def _wave(self, weights: Any, prompts: Sequence[np.ndarray], key: jax.Array, first: int, size: int, out: Responses) -> None:
-        tokens, start = right_align(prompts, size, self.c.max_prompt)
-        row = np.arange(size * self.c.samples, dtype=np.int32) + first * self.c.samples
+        shards, static = row_shards(self.mesh.shape), {"model": self.model, "mesh": self.mesh}
+        parts, units = split_groups(size, self.c.samples, shards)
+        c = replace(self.c, samples=self.c.samples // parts)
+        tokens, start = right_align([p for p in prompts for _ in range(parts)], units, self.c.max_prompt)
+        row = np.arange(units * c.samples, dtype=np.int32) + first * self.c.samples
         row[len(prompts) * self.c.samples :] = -1
-        rows, drawn = _prefill(weights, tokens, start, row, key, model=self.model, c=self.c)
+        rows, drawn = _prefill(weights, tokens, start, row, key, c=c, **static)
         _record(out, drawn, row, 0)
-        for t in range(1, self.c.max_response, self.c.chunk):
-            active = ~np.asarray(rows.done)
+        for t in range(1, c.max_response, c.chunk):
+            active = ~np.asarray(rows.done).reshape(shards, -1)
             if not active.any():
                 break
-            bucket = smaller_bucket(size * self.c.samples, int(active.sum()))
-            if bucket < len(active):
-                kept = np.argsort(~active, kind="stable")[:bucket]
-                rows, row = _take(rows, kept), row[kept]
-            rows, drawn = _decode(weights, rows, np.int32(tokens.shape[1]), np.int32(t), key, model=self.model, c=self.c)
+            bucket = smaller_bucket(units * c.samples // shards, int(active.sum(axis=1).max()))
+            if bucket < active.shape[1]:
+                kept = np.argsort(~active, axis=1, kind="stable")[:, :bucket]
+                row = np.take_along_axis(row.reshape(shards, -1), kept, axis=1).ravel()
+                rows = _take(rows, kept.ravel(), mesh=self.mesh)
+            rows, drawn = _decode(weights, rows, np.int32(tokens.shape[1]), np.int32(t), key, c=c, **static)
             _record(out, drawn, row, t)
+
+
+def split_groups(prompts: int, samples: int, shards: int) -> tuple[int, int]:
+    """(parts, units): each prompt's samples in `parts` equal parts, `units` of them in a wave, as many on every shard.
+
+    The least work, with a unit's prefill (a part prefills its prompt again) counted like a row.
+    """
+    divisors = [n for n in range(1, samples + 1) if samples % n == 0]
+    units = {n: -(-prompts * n // shards) * shards for n in divisors}
+    parts = min(divisors, key=lambda n: units[n] * (1 + samples // n))
+    return parts, units[parts]
 
 
 def right_align(prompts: Sequence[np.ndarray], size: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -142,47 +164,69 @@ def _ended(out: Responses, eos_ids: tuple[int, ...]) -> np.ndarray:
     return np.asarray((out.sampled_mask & np.isin(out.tokens, eos_ids)).any(axis=1))
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _for_decode(params: Any, *, model: Decoder) -> Any:
-    return model.for_decode(params)
+def _per_shard(f: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`f` on every shard of the rows by itself; what it does over the mesh's other axes is the compiler's."""
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROW_AXES), check_vma=False)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "c"))
+def _any(x: Bool[Array, " b"], mesh: Mesh) -> Bool[Array, ""]:
+    """Whether any holds, on this shard; on all of them where the model itself is split: its collectives want every device to
+    take the same steps."""
+    found = jnp.any(x)
+    return found if mesh.size == row_shards(mesh.shape) else jax.lax.pmax(found.astype(jnp.int32), ROW_AXES) > 0
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+def _for_decode(params: Any, *, model: Decoder, mesh: Mesh) -> Any:
+    return _per_shard(model.for_decode, mesh, WHOLE, WHOLE)(params)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "c", "mesh"))
 def _prefill(
-    weights: Any, tokens: Array, start: Array, row: Array, key: jax.Array, *, model: Decoder, c: Decoding
+    weights: Any, tokens: Array, start: Array, row: Array, key: jax.Array, *, model: Decoder, c: Decoding, mesh: Mesh
 ) -> tuple[Rows, Drawn]:
     """Caches of W prompts, repeated for their samples, and every row's first token."""
-    logits_WV, cache = model.prefill(weights, tokens, start, tokens.shape[1] + c.max_response)
-    cache, logits_BV, start = jax.tree.map(lambda x: jnp.repeat(x, c.samples, axis=0), (cache, logits_WV, start))
-    token, logp = _draw(logits_BV, key, row, jnp.int32(0), c)
-    real = row >= 0
-    return Rows(cache, token, row, start, ~real | _is_end(token, c)), Drawn(token[:, None], real[:, None], logp[:, None])
+
+    def prefill(weights: Any, tokens: Array, start: Array, row: Array, key: jax.Array) -> tuple[Rows, Drawn]:
+        logits_WV, cache = model.prefill(weights, tokens, start, tokens.shape[1] + c.max_response)
+        cache, logits_BV, start = jax.tree.map(lambda x: jnp.repeat(x, c.samples, axis=0), (cache, logits_WV, start))
+        token, logp = _draw(logits_BV, key, row, jnp.int32(0), c)
+        real = row >= 0
+        return Rows(cache, token, row, start, ~real | _is_end(token, c)), Drawn(token[:, None], real[:, None], logp[:, None])
+
+    return _per_shard(prefill, mesh, (WHOLE, BATCH, BATCH, BATCH, WHOLE), BATCH)(weights, tokens, start, row, key)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "c"), donate_argnames="rows")
-def _decode(weights: Any, rows: Rows, S: Array, t: Array, key: jax.Array, *, model: Decoder, c: Decoding) -> tuple[Rows, Drawn]:
-    """Tokens t .. t + chunk - 1 of every row; stops early at the response limit or when all rows are done."""
-    b = rows.token.shape[0]
-    drawn = Drawn(jnp.zeros((b, c.chunk), jnp.int32), jnp.zeros((b, c.chunk), bool), jnp.zeros((b, c.chunk), jnp.float32))
+@functools.partial(jax.jit, static_argnames=("model", "c", "mesh"), donate_argnames="rows")
+def _decode(
+    weights: Any, rows: Rows, S: Array, t: Array, key: jax.Array, *, model: Decoder, c: Decoding, mesh: Mesh
+) -> tuple[Rows, Drawn]:
+    """Tokens t .. t + chunk - 1 of every row; stops early at the response limit or when all rows of the shard are done."""
 
-    def more(carry: tuple[Array, Rows, Drawn]) -> Array:
-        i, rows, _ = carry
-        return (i < c.chunk) & (t + i < c.max_response) & ~jnp.all(rows.done)
+    def decode(weights: Any, rows: Rows, S: Array, t: Array, key: jax.Array) -> tuple[Rows, Drawn]:
+        shape = (rows.token.shape[0], c.chunk)
+        drawn = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
 
-    def one(carry: tuple[Array, Rows, Drawn]) -> tuple[Array, Rows, Drawn]:
-        i, rows, drawn = carry
-        logits_BV, cache = model.decode(weights, rows.cache, rows.token, S + t + i - 1, rows.start)
-        token, logp = _draw(logits_BV, key, rows.row, t + i, c)
-        drawn = Drawn(*(x.at[:, i].set(new) for x, new in zip(drawn, (token, ~rows.done, logp), strict=True)))
-        return i + 1, Rows(cache, token, rows.row, rows.start, rows.done | _is_end(token, c)), drawn
+        def more(carry: tuple[Array, Rows, Drawn]) -> Array:
+            i, rows, _ = carry
+            return (i < c.chunk) & (t + i < c.max_response) & _any(~rows.done, mesh)
 
-    _, rows, drawn = jax.lax.while_loop(more, one, (jnp.int32(0), rows, drawn))
-    return rows, drawn
+        def one(carry: tuple[Array, Rows, Drawn]) -> tuple[Array, Rows, Drawn]:
+            i, rows, drawn = carry
+            logits_BV, cache = model.decode(weights, rows.cache, rows.token, S + t + i - 1, rows.start)
+            token, logp = _draw(logits_BV, key, rows.row, t + i, c)
+            drawn = Drawn(*(x.at[:, i].set(new) for x, new in zip(drawn, (token, ~rows.done, logp), strict=True)))
+            return i + 1, Rows(cache, token, rows.row, rows.start, rows.done | _is_end(token, c)), drawn
+
+        return jax.lax.while_loop(more, one, (jnp.int32(0), rows, drawn))[1:]
+
+    return _per_shard(decode, mesh, (WHOLE, BATCH, WHOLE, WHOLE, WHOLE), BATCH)(weights, rows, S, t, key)
 
 
-@jax.jit
-def _take(rows: Rows, kept: Array) -> Rows:
-    return jax.tree.map(lambda x: x[kept], rows)
+@functools.partial(jax.jit, static_argnames="mesh")
+def _take(rows: Rows, kept: Array, *, mesh: Mesh) -> Rows:
+    """The rows of every shard at its part of `kept`, positions within the shard."""
+    return _per_shard(lambda rows, kept: jax.tree.map(lambda x: x[kept], rows), mesh, BATCH, BATCH)(rows, kept)
 
 
 def _draw(logits: Array, key: jax.Array, row: Array, t: Array, c: Decoding) -> tuple[Array, Array]:

@@ -112,7 +112,7 @@ def lengths(policy, hazard, key=3, **kw):
     b, params, asked = policy
     c = dataclasses.replace(b.rollout_sampler().c, **kw)
     model = Forced(b.model.c, c.eos_ids[0], c.max_prompt, hazard)
-    return Sampler(model, c)(params, asked, jax.random.key(key), version=0)
+    return Sampler(model, c, b.mesh)(params, asked, jax.random.key(key), version=0)
 
 
 def test_forced_lengths_are_uniform_on_what_was_asked(policy):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from popo_jax.sampling import sampler as sampling
-from popo_jax.sampling.sampler import Sampler, right_align, smaller_bucket
+from popo_jax.sampling.sampler import Sampler, right_align, smaller_bucket, split_groups
 from popo_jax.types import Responses
 from tests import tiny
 
@@ -33,7 +33,7 @@ def prompts():
 
 def make(built, *, samples=4, temperature=1.0, **kw) -> Sampler:
     s = built.sampler(samples=samples, temperature=temperature)
-    return Sampler(s.model, dataclasses.replace(s.c, **kw))
+    return dataclasses.replace(s, c=dataclasses.replace(s.c, **kw))
 
 
 def rows_of(prompts, r: Responses, samples: int, T: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +93,7 @@ def test_waves_chunks_and_compaction_change_no_draw(built, params, prompts, kw, 
     monkeypatch.setattr(sampling, "SMALLEST_BUCKET", 1)
     taken = []
     real = sampling._take
-    monkeypatch.setattr(sampling, "_take", lambda rows, kept: taken.append(len(kept)) or real(rows, kept))
+    monkeypatch.setattr(sampling, "_take", lambda rows, kept, mesh: taken.append(len(kept)) or real(rows, kept, mesh=mesh))
     assert_same(make(built, eos_ids=eos, **kw)(params, prompts, KEY, version=0), whole)
     lengths = whole.sampled_mask.sum(axis=1)
     assert len(set(lengths)) > 3 and lengths.min() < 4 and lengths.max() == 11
@@ -179,6 +179,22 @@ def test_right_align():
 )
 def test_smaller_bucket(rows, active, bucket):
     assert smaller_bucket(rows, active) == bucket
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "shards", "parts", "units"),
+    [
+        (16, 8, 1, 1, 16),
+        (16, 8, 4, 1, 16),
+        (16, 8, 64, 4, 64),  # two rows of a prompt on each shard
+        (1, 8, 4, 4, 4),
+        (6, 4, 4, 2, 12),
+        (3, 1, 2, 1, 4),  # a row that only fills the shape
+        (5, 3, 2, 1, 6),
+    ],
+)
+def test_split_groups(prompts, samples, shards, parts, units):
+    assert split_groups(prompts, samples, shards) == (parts, units)
 
 
 def test_bfloat16_sampler_runs():
