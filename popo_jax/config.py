@@ -24,9 +24,15 @@ class Preset:
     order: Literal["priority", "newest", "kl"] = "priority"
     marked_fresh: bool = False
     around: Literal["proximal", "behaviour"] = "proximal"
+    room: int = 4
+    """Groups the buffer holds, in steps' prompts, unless `replay.capacity` says otherwise."""
+    extra: int = 0
+    """Further slots of a step, in its prompts, unless `replay.extra` says otherwise."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Dotted settings the preset changes before the file and the command line do."""
 
+
+OLDER = {"replay.min_age": 10, "replay.max_age": 40}
 
 PRESETS: Mapping[str, Preset] = {
     "grpo": Preset("keep"),
@@ -34,17 +40,25 @@ PRESETS: Mapping[str, Preset] = {
     "dapo": Preset("resample"),
     "popo": Preset("replay", "effective"),
     "popo-ineff": Preset("replay", "all", "newest"),
-    "popo-stale": Preset("replay", "effective", overrides={"replay.min_age": 10, "replay.max_age": 40}),
+    "popo-stale": Preset("replay", "effective", room=64, overrides=OLDER),
     "popo-pi-old": Preset("replay", "effective", marked_fresh=True),
     "popo-behav": Preset("replay", "effective", around="behaviour"),
     "popo-kl": Preset("replay", "effective", "kl"),
+    "popo-plus": Preset(
+        "replay",
+        "effective",
+        room=64,
+        extra=1,
+        overrides=OLDER | {"selection.method": "mopps", "selection.prior_mean": "running"},
+    ),
 }
+"""The last is ours, what won the study (benchmarks/study/RESULTS.md): older groups, as many slots again, prompts by MoPPS."""
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
     name: str = "popo"
-    """A preset: grpo, grpo-filter, dapo, popo, popo-ineff, popo-stale, popo-pi-old, popo-behav, popo-kl."""
+    """A preset: grpo, grpo-filter, dapo, popo, popo-ineff, popo-stale, popo-pi-old, popo-behav, popo-kl, popo-plus."""
     advantages: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     effective_by: Literal["correct", "score"] = "correct"
     """What must vary for a group to be effective; `score` for policies that do not know the format yet."""
@@ -206,7 +220,7 @@ class WeightConfig:
 @dataclass(frozen=True)
 class ReplayConfig:
     capacity: int | None = None
-    """Groups; None: 4 x prompts per step (64 x for popo-stale)."""
+    """Groups; None: 4 x prompts per step (64 x for popo-stale and popo-plus)."""
     min_age: int = 1
     """Updates since the group was sampled; at least 1."""
     max_age: int = 8
@@ -217,8 +231,9 @@ class ReplayConfig:
     selection: Literal["top", "proportional"] = "top"
     half_life: float = 4.0
     """Updates in which priority halves; read with quality variance or selection proportional."""
-    extra: int = 0
-    """Slots a step trains on beyond its fresh prompts, filled from the buffer alone; empty ones have zero weight."""
+    extra: int | None = None
+    """Slots a step trains on beyond its fresh prompts, filled from the buffer alone; empty ones have zero weight. None: 0, with
+    popo-plus as many as prompts."""
     candidates: int | None = None
     """popo-kl: how many of the newest groups are scored; None: 4 x prompts per step."""
 
@@ -311,7 +326,7 @@ class Config:
     @property
     def slots(self) -> int:
         """Groups a step trains on: its P prompts, and what `replay.extra` adds."""
-        return self.batch.prompts + (self.replay.extra if self.algorithm.preset.slots == "replay" else 0)
+        return self.batch.prompts + ((self.replay.extra or 0) if self.algorithm.preset.slots == "replay" else 0)
 
     @property
     def rows(self) -> int:
@@ -337,14 +352,14 @@ def from_dict(data: Mapping[str, Any], where: str = "config") -> Config:
 
 
 def without_preset(data: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-    """A resolved run's data, to be repeated with algorithm `name`: without the replay settings that presets decide."""
+    """A resolved run's data, to be repeated with algorithm `name`: without the settings that its preset or the run's decides."""
     section = data.get("algorithm")
-    if (
-        name is None
-        or not isinstance(section, Mapping)
-        or name == section.get("name")
-        or not isinstance(data.get("replay"), Mapping)
-    ):
+    if name is None or not isinstance(section, Mapping) or name == section.get("name"):
         return dict(data)
-    decided = {"capacity", "candidates", *(k.removeprefix("replay.") for p in PRESETS.values() for k in p.overrides)}
-    return dict(data) | {"replay": {k: v for k, v in data["replay"].items() if k not in decided}}
+    both = [PRESETS[n] for n in (name, str(section.get("name"))) if n in PRESETS]
+    decided = {"replay.capacity", "replay.candidates", "replay.extra", *(k for p in both for k in p.overrides)}
+
+    def rest(section: str, values: Any) -> Any:
+        return {k: v for k, v in values.items() if f"{section}.{k}" not in decided} if isinstance(values, Mapping) else values
+
+    return {section: rest(section, values) for section, values in data.items()}

@@ -13,11 +13,14 @@ from popo_jax.types import UserError
 
 def resolve(c: Config) -> Config:
     """Check every setting and fill in those that depend on others. Errors: UserError, one sentence."""
-    P = c.batch.prompts
-    capacity = c.replay.capacity if c.replay.capacity is not None else (64 if c.algorithm.name == "popo-stale" else 4) * P
-    candidates = c.replay.candidates if c.replay.candidates is not None else 4 * P
-    replay = dataclasses.replace(c.replay, capacity=capacity, candidates=candidates)
-    if c.algorithm.preset.order != "priority":  # eviction follows the same order
+    P, preset, r = c.batch.prompts, c.algorithm.preset, c.replay
+    replay = dataclasses.replace(
+        r,
+        capacity=r.capacity if r.capacity is not None else preset.room * P,
+        candidates=r.candidates if r.candidates is not None else 4 * P,
+        extra=r.extra if r.extra is not None else preset.extra * P,
+    )
+    if preset.order != "priority":  # eviction follows the same order
         replay = dataclasses.replace(replay, quality="uniform", selection="top")
     c = dataclasses.replace(c, replay=replay)
     for sentence in _broken_rules(c):

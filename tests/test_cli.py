@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from popo_jax import cli, launch
-from popo_jax.config import from_dict
+from popo_jax import cli, launch, plain
+from popo_jax.config import PRESETS, from_dict, without_preset
 from popo_jax.rules import resolve
 from popo_jax.types import UserError
 from tests import tiny
@@ -138,10 +138,9 @@ def test_every_setting_has_a_flag_that_is_read(config):
 
 
 def test_presets_differ_from_each_other():
-    names = ["grpo", "grpo-filter", "dapo", "popo", "popo-ineff", "popo-stale", "popo-pi-old", "popo-behav", "popo-kl"]
-    configs = [resolve(from_dict({"algorithm": n})) for n in names]
+    configs = [resolve(from_dict({"algorithm": n})) for n in PRESETS]
     assert len({(c.algorithm.preset.slots, c.algorithm.preset.stores, c.algorithm.preset.order, c.algorithm.preset.marked_fresh,
-                 c.algorithm.preset.around, c.replay) for c in configs}) == 9  # fmt: skip
+                 c.algorithm.preset.around, c.replay) for c in configs}) == len(PRESETS) == 10  # fmt: skip
     with pytest.raises(UserError, match="did you mean popo-kl"):
         from_dict({"algorithm": "popo-lk"})
 
@@ -246,6 +245,16 @@ def test_a_runs_config_takes_another_presets_settings(run):
     c = cli.parse_config(str(run / "config.yaml"), ["--algorithm", "popo-stale"], quiet)
     assert (c.replay.min_age, c.replay.max_age, c.replay.capacity) == (10, 40, 64 * 4)
     assert cli.parse_config(str(run / "config.yaml"), [], quiet).replay.capacity == 16
+    c = cli.parse_config(str(run / "config.yaml"), ["--algorithm", "popo-plus"], quiet)
+    assert (c.replay.min_age, c.replay.capacity, c.replay.extra, c.slots) == (10, 64 * 4, 4, 8)
+    assert (c.selection.method, c.selection.prior_mean) == ("mopps", "running")
+
+
+def test_a_choice_that_no_preset_made_stays_with_another_preset(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"algorithm": "grpo", "selection": {"method": "mopps"}}))
+    made = plain.to_plain(cli.parse_config(str(tmp_path / "c.yaml"), [], print))
+    assert without_preset(made, "popo")["selection"]["method"] == "mopps"
+    assert "method" not in without_preset(made, "popo-plus")["selection"]
 
 
 @pytest.mark.parametrize("broken", ["- 1", "a: [", None])

@@ -43,6 +43,9 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "popo, 5 to 20 old, extra slots": ("--algorithm", "popo", *OLD, *EXTRA),
     "popo+mopps, running prior, 5 to 20 old": ("--algorithm", "popo", *OLD, *RUNNING),
     "popo+mopps, running prior, 5 to 20 old, extra slots": ("--algorithm", "popo", *OLD, *EXTRA, *RUNNING),
+    "mopps, running prior, 4 mini-batches": ("--algorithm", "grpo", *RUNNING, "--batch.mini-batches", "4"),
+    "popo-plus, 2 mini-batches": ("--algorithm", "popo-plus"),
+    "popo-plus": ("--algorithm", "popo-plus", "--batch.mini-batches", "4"),
 }
 """What might beat plain recency at the same rollouts (and grpo with as many updates a step, to compare with)."""
 DIAGNOSES: Mapping[str, tuple[str, ...]] = {
@@ -51,7 +54,9 @@ DIAGNOSES: Mapping[str, tuple[str, ...]] = {
 }
 """Why plain recency changes little: does Adam's first moment (b1 0.9 elsewhere) already replay the last steps' gradients?"""
 EVERY: Mapping[str, tuple[str, ...]] = {**ALGORITHMS, **CANDIDATES, **DIAGNOSES}
-SEEDS = {"grpo": 5, "dapo": 5, "popo": 5}
+ADOPTED = "popo-plus"
+"""What won on the main task, and is then asked to win on the others."""
+SEEDS = {"grpo": 5, "dapo": 5, "popo": 5, ADOPTED: 5}
 """On the main task; 3 for the rest."""
 SIZES = (4, 16, 32)
 """Group sizes besides 8."""
@@ -88,5 +93,6 @@ def _ordered() -> Iterator[Cell]:
     for seed in range(3):
         yield from (Cell(MAIN, a, seed) for a in (*four, *EVERY))
         yield from (Cell(task, a, seed) for a in four for task in OTHERS)
+        yield from (Cell(task, ADOPTED, seed) for task in OTHERS)
     yield from (Cell(MAIN, a, seed, G) for seed in range(2) for G in SIZES for a in ("grpo", "popo"))
     yield from (Cell(MAIN, a, seed) for seed in (3, 4) for a, n in SEEDS.items() if seed < n)

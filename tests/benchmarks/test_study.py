@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.study import __main__ as study
 from benchmarks.study import figures, results, runner, tables
-from benchmarks.study.plan import EVERY, MAIN, SIZES, Cell, cells
+from benchmarks.study.plan import EVERY, MAIN, SEEDS, SIZES, Cell, cells
 from popo_jax.cli import parse_config
 
 HERE = Path(study.__file__).parent
@@ -42,8 +42,8 @@ def test_the_plan_holds_every_cell_once():
     for c in every:
         if c.task == MAIN:
             seeds[c.algorithm, c.group_size] += 1
-    assert [seeds[a, 8] for a in ("grpo", "dapo", "popo")] == [5, 5, 5]
-    assert all(seeds[a, 8] == 3 for a in EVERY if a not in ("grpo", "dapo", "popo"))
+    assert [seeds[a, 8] for a in SEEDS] == [5, 5, 5, 5]
+    assert all(seeds[a, 8] == 3 for a in EVERY if a not in SEEDS)
     assert all(seeds[a, G] == 2 for a in ("grpo", "popo") for G in SIZES)
 
 
