@@ -18,7 +18,7 @@ from benchmarks.study import runner
 from benchmarks.study.figures import write
 from benchmarks.study.plan import EVERY, MAIN, Cell, cells
 from benchmarks.study.results import load
-from benchmarks.study.tables import claims, document
+from benchmarks.study.tables import claims, document, where
 
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"
@@ -87,7 +87,8 @@ def tables(results: Path, out: Path, readme: Path | None) -> None:
 
 def block(results: Path) -> str:
     """What the README shows between its two marks."""
-    return f"{BEGIN}\n\n{claims(load(results))}\n\n{END}"
+    found = load(results)
+    return f"{BEGIN}\n\n{claims(found)}\n\n{where(found)}\n\n{END}"
 
 
 def smoke(workers: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.plan import MAIN, OTHERS
+from benchmarks.study.plan import ADOPTED, MAIN, OTHERS
 from benchmarks.study.results import Key, Run, accuracy, grid, load, responses
 
 FOUR = ("grpo", "grpo-filter", "dapo", "popo")
@@ -32,7 +32,7 @@ def figures(folder: Path) -> dict[str, Figure]:
     found = load(folder)
     out: dict[str, Figure] = {}
     for task in (MAIN, *OTHERS):
-        of = {a: runs for a in FOUR if (runs := found.get((task, a, 8)))}
+        of = {a: runs for a in (*FOUR, ADOPTED) if (runs := found.get((task, a, 8)))}
         if of:
             out[task] = _accuracy(of)
     of = {a: runs for a in ABLATIONS if (runs := found.get((MAIN, a, 8)))}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study.plan import ALGORITHMS, EVERY, MAIN, OTHERS, SIZES
+from benchmarks.study.plan import ADOPTED, ALGORITHMS, EVERY, MAIN, OTHERS, SIZES
 from benchmarks.study.results import Key, Reach, Run, final, grid, interval, load, mean_of, reach
 
 Found = Mapping[Key, Sequence[Run]]
@@ -17,7 +17,7 @@ Found = Mapping[Key, Sequence[Run]]
 def document(folder: Path) -> str:
     """RESULTS.md."""
     found = load(folder)
-    parts = ["# Study: results", _where(found), "## The claims", claims(found)]
+    parts = ["# Study: results", where(found), "## The claims", claims(found)]
     for task in (MAIN, *OTHERS):
         if any(k[0] == task for k in found):
             parts += [f"## {task}", by_algorithm(found, task)]
@@ -33,7 +33,7 @@ def _all(found: Found) -> list[Run]:
     return [r for runs in found.values() for r in runs]
 
 
-def _where(found: Found) -> str:
+def where(found: Found) -> str:
     runs = _all(found)
     names = ("machine", "python", "jax", "commit", "date")
     facts = [f"{n} {', '.join(sorted({str(r.ending[n]) for r in runs}))}" for n in names]
@@ -112,14 +112,19 @@ def inside(found: Found, task: str) -> str:
 def group_sizes(found: Found) -> str:
     """grpo and popo at other group sizes on the main task, seeds 0 and 1."""
     lines = []
-    for G in sorted({8, *SIZES}):
-        pair = [[r for r in found.get((MAIN, a, G), ()) if r.ending["seed"] < 2] for a in ("grpo", "popo")]
-        if all(pair):
-            scores = [final(runs) for runs in pair]
-            lines.append(
-                (G, *(f"{percent(s.mean())} {each(s)}" for s in scores), f"{100 * (scores[1].mean() - scores[0].mean()):+.1f}")
-            )
+    for G, *pair in _sizes(found):
+        scores = [final(runs) for runs in pair]
+        cells = (f"{percent(s.mean())} {each(s)}" for s in scores)
+        lines.append((G, *cells, f"{100 * (scores[1].mean() - scores[0].mean()):+.1f}"))
     return table(("group size", "grpo (each seed)", "popo (each seed)", "popo minus grpo"), lines)
+
+
+def _sizes(found: Found) -> Iterator[tuple[int, list[Run], list[Run]]]:
+    """(group size, grpo's runs, popo's), of the two seeds that every size has."""
+    for G in sorted({8, *SIZES}):
+        grpo, popo = ([r for r in found.get((MAIN, a, G), ()) if r.ending["seed"] < 2] for a in ("grpo", "popo"))
+        if grpo and popo:
+            yield G, grpo, popo
 
 
 def solo(found: Found) -> str:
@@ -136,46 +141,45 @@ def solo(found: Found) -> str:
 
 
 def claims(found: Found) -> str:
-    """The paper's claims as questions, on the main task and the others."""
-    lines = []
+    """The paper's claims as questions, on the main task and the others, and the same of what was adopted."""
+    lines: list[tuple[str, ...]] = []
     for task in (MAIN, *OTHERS):
         of = {a: found.get((task, a, 8)) for a in EVERY}
-        grpo, dapo, popo = of["grpo"], of["dapo"], of["popo"]
-        if not (grpo and dapo and popo):
-            continue
-        x, g = float(final(dapo).mean()), float(final(grpo).mean())
-        to_x, own = reach(popo, x, by="responses"), reach(dapo, x, by="responses")
-        seeds = f"{len(popo)} / {len(dapo)} / {len(grpo)}"
-        lines.append(
-            (
-                f"{task}: responses popo needs to dapo's final accuracy ({percent(x)})",
-                "23 to 34 % of dapo's",
-                f"{of_reach(to_x, thousands)}; dapo reaches it after {of_reach(own, thousands)} of {thousands(own.end)}"
-                f": {share(to_x, own.end)} of dapo's",
-                seeds,
-            )
-        )
-        to_g = reach(popo, g, by="steps")
-        lines.append(
-            (
-                f"{task}: steps popo needs to grpo's final accuracy ({percent(g)})",
-                "40 to 70 % of grpo's",
-                f"{of_reach(to_g, whole)} of {whole(grid(grpo)[-1])}: {share(to_g, float(grid(grpo)[-1]))} of grpo's",
-                seeds,
-            )
-        )
-        if of["grpo-filter"]:
-            gaps = [differences(a, b) for a, b in ((of["grpo-filter"], grpo), (popo, of["grpo-filter"]))]
-            lines.append(
-                (
-                    f"{task}: is grpo-filter between grpo and popo?",
-                    "yes",
-                    f"filter minus grpo {points(gaps[0])}, popo minus filter {points(gaps[1])}",
-                    str(len(gaps[0])),
-                )
-            )
+        if (grpo := of["grpo"]) and (dapo := of["dapo"]) and (popo := of["popo"]):
+            for name, runs in (("popo", popo), (ADOPTED, of[ADOPTED])):
+                lines += _budgets(task, name, runs, grpo, dapo) if runs else []
+            if middle := of["grpo-filter"]:
+                gaps = [differences(a, b) for a, b in ((middle, grpo), (popo, middle))]
+                here = f"filter minus grpo {points(gaps[0])}, popo minus filter {points(gaps[1])}"
+                lines.append((f"{task}: is grpo-filter between grpo and popo?", "yes", here, str(len(gaps[0]))))
     lines += _ablation_claims({a: found.get((MAIN, a, 8)) for a in ALGORITHMS})
-    return table(("question", "paper", "here", "seeds (popo / dapo / grpo)"), lines)
+    for G, grpo, popo in _sizes(found):
+        gap = differences(popo, grpo)
+        here = f"popo minus grpo {points(gap)}; grpo ends at {percent(final(grpo).mean())}"
+        lines.append((f"{MAIN}: group size {G}", "popo ahead", here, str(len(gap))))
+    return table(("question", "paper", "here", "seeds"), lines)
+
+
+def _budgets(task: str, name: str, runs: Sequence[Run], grpo: Sequence[Run], dapo: Sequence[Run]) -> list[tuple[str, ...]]:
+    """How soon `name` is where the others end."""
+    x, g, last = float(final(dapo).mean()), float(final(grpo).mean()), float(grid(grpo)[-1])
+    to_x, own, to_g = reach(runs, x, by="responses"), reach(dapo, x, by="responses"), reach(runs, g, by="steps")
+    paper = ("23 to 34 % of dapo's", "40 to 70 % of grpo's") if name == "popo" else ("(not the paper's)",) * 2
+    return [
+        (
+            f"{task}: responses {name} needs to dapo's final accuracy ({percent(x)})",
+            paper[0],
+            f"{of_reach(to_x, thousands)}; dapo reaches it after {of_reach(own, thousands)} of {thousands(own.end)}"
+            f": {share(to_x, own.end)} of dapo's",
+            f"{len(runs)}, dapo {len(dapo)}",
+        ),
+        (
+            f"{task}: steps {name} needs to grpo's final accuracy ({percent(g)})",
+            paper[1],
+            f"{of_reach(to_g, whole)} of {whole(last)}: {share(to_g, last)} of grpo's",
+            f"{len(runs)}, grpo {len(grpo)}",
+        ),
+    ]
 
 
 def _ablation_claims(of: Mapping[str, Sequence[Run] | None]) -> list[tuple[str, ...]]:
