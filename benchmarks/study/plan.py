@@ -14,6 +14,7 @@ MOPPS = ("--selection.method", "mopps")
 RUNNING = (*MOPPS, "--selection.prior-mean", "running")
 OLD = ("--replay.min-age", "5", "--replay.max-age", "20", "--replay.capacity", "256")
 EXTRA = ("--replay.extra", "16", "--batch.mini-batches", "4")
+OLDER = ("--replay.min-age", "10", "--replay.max-age", "40", "--replay.capacity", "1024")
 ALGORITHMS: Mapping[str, tuple[str, ...]] = {
     "grpo": ("--algorithm", "grpo"),
     "grpo-filter": ("--algorithm", "grpo-filter"),
@@ -46,6 +47,7 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "mopps, running prior, 4 mini-batches": ("--algorithm", "grpo", *RUNNING, "--batch.mini-batches", "4"),
     "popo-plus, 2 mini-batches": ("--algorithm", "popo-plus"),
     "popo-plus": ("--algorithm", "popo-plus", "--batch.mini-batches", "4"),
+    "popo-plus, clip around behaviour": ("--algorithm", "popo-behav", *OLDER, *EXTRA, *RUNNING),
 }
 """What might beat plain recency at the same rollouts (and grpo with as many updates a step, to compare with)."""
 DIAGNOSES: Mapping[str, tuple[str, ...]] = {
@@ -55,8 +57,9 @@ DIAGNOSES: Mapping[str, tuple[str, ...]] = {
 """Why plain recency changes little: does Adam's first moment (b1 0.9 elsewhere) already replay the last steps' gradients?"""
 EVERY: Mapping[str, tuple[str, ...]] = {**ALGORITHMS, **CANDIDATES, **DIAGNOSES}
 ADOPTED = "popo-plus"
-"""What won on the main task, and is then asked to win on the others."""
-SEEDS = {"grpo": 5, "dapo": 5, "popo": 5, ADOPTED: 5}
+"""What won on the main task, and is then asked to win on the others; with it, its rival."""
+FINALISTS = (ADOPTED, "popo-plus, clip around behaviour")
+SEEDS = {"grpo": 5, "dapo": 5, "popo": 5} | dict.fromkeys(FINALISTS, 5)
 """On the main task; 3 for the rest."""
 SIZES = (4, 16, 32)
 """Group sizes besides 8."""
@@ -93,6 +96,6 @@ def _ordered() -> Iterator[Cell]:
     for seed in range(3):
         yield from (Cell(MAIN, a, seed) for a in (*four, *EVERY))
         yield from (Cell(task, a, seed) for a in four for task in OTHERS)
-        yield from (Cell(task, ADOPTED, seed) for task in OTHERS)
+        yield from (Cell(task, a, seed) for a in FINALISTS for task in OTHERS)
     yield from (Cell(MAIN, a, seed, G) for seed in range(2) for G in SIZES for a in ("grpo", "popo"))
     yield from (Cell(MAIN, a, seed) for seed in (3, 4) for a, n in SEEDS.items() if seed < n)
