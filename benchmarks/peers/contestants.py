@@ -26,8 +26,8 @@ class Contestant:
 LARGE = str(1 << 30)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": LARGE, "MALLOC_TRIM_THRESHOLD_": LARGE, "MALLOC_TOP_PAD_": str(1 << 26)}
 """glibc keeps freed memory instead of giving it back: no page faults in the next step."""
-HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""glibc asks for transparent huge pages."""
+ONE_DEVICE, TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "1"}, {"JAX_NUM_CPU_DEVICES": "2"}
+"""Into how many devices jax divides the CPU. By default ours takes as many as it has cores, Tunix one."""
 MICRO = ("--micro-batch", "32")
 """Gradients accumulated over 4 parts of 32 rows: less memory to touch; every trainer has the setting."""
 
@@ -47,15 +47,16 @@ def _trl(name: str = "", *arguments: str, **variables: str) -> Contestant:
 CASES: Mapping[str, tuple[Contestant, ...]] = {
     "sample": (
         _ours(),
-        _ours(", huge pages", **HUGE),
+        _ours(", one device", **ONE_DEVICE),
         Contestant("transformers", "benchmarks.peers.hf_generate", "trl"),
         Contestant("transformers, malloc", "benchmarks.peers.hf_generate", "trl", variables=MALLOC),
         Contestant("transformers, compiled", "benchmarks.peers.hf_generate", "trl", ("--cache", "static")),
         Contestant("tunix", "benchmarks.peers.tunix_sampler", "tunix"),
+        Contestant("tunix, two devices", "benchmarks.peers.tunix_sampler", "tunix", variables=TWO_DEVICES),
     ),
     "train": (
         _ours(),
-        _ours(", huge pages", **HUGE),
+        _ours(", one device", **ONE_DEVICE),
         _ours(", micro-batch", *MICRO),
         _torch(),
         _torch(", malloc", **MALLOC),
@@ -63,12 +64,14 @@ CASES: Mapping[str, tuple[Contestant, ...]] = {
     ),
     "step": (
         _ours(),
+        _ours(", one device", **ONE_DEVICE),
         _ours(", micro-batch", *MICRO),
         _trl(),
         _trl(", malloc", **MALLOC),
         _trl(", micro-batch", *MICRO),
         Contestant("tunix", "benchmarks.peers.tunix_learner", "tunix"),
         Contestant("tunix, micro-batch", "benchmarks.peers.tunix_learner", "tunix", MICRO),
+        Contestant("tunix, micro-batch, two devices", "benchmarks.peers.tunix_learner", "tunix", MICRO, TWO_DEVICES),
     ),
 }
 

@@ -1,6 +1,6 @@
 """Tunix's GRPOLearner, case `step`: one optimizer step on PROMPTS x GROUP responses, sampled by its own sampler.
 
-Set as ours: float32, no KL, one mini-batch, rollout and actor share one model on one device.
+Set as ours: float32, no KL, one mini-batch, rollout and actor share one model and mesh.
 """
 
 from __future__ import annotations

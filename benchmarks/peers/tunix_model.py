@@ -35,8 +35,8 @@ def load(inputs: Path, mesh: jax.sharding.Mesh) -> qwen2.Qwen2:
 
 
 def mesh() -> jax.sharding.Mesh:
-    """One device, with the axes that Tunix's shardings name."""
-    return jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    """All devices, with the axes that Tunix's shardings name."""
+    return jax.make_mesh((jax.device_count(), 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def texts_and_tokenizer(inputs: Path) -> tuple[list[str], Any]:
