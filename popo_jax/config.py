@@ -47,12 +47,14 @@ PRESETS: Mapping[str, Preset] = {
     "popo-plus": Preset(
         "replay",
         "effective",
+        around="behaviour",
         room=64,
         extra=1,
         overrides=OLDER | {"selection.method": "mopps", "selection.prior_mean": "running"},
     ),
 }
-"""The last is ours, what won the study (benchmarks/study/RESULTS.md): older groups, as many slots again, prompts by MoPPS."""
+"""The last is ours, what won the study (benchmarks/study/RESULTS.md): older groups, as many slots again, the clip around the
+behaviour policy, prompts by MoPPS."""
 
 
 @dataclass(frozen=True)

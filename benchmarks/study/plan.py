@@ -45,9 +45,9 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "popo+mopps, running prior, 5 to 20 old": ("--algorithm", "popo", *OLD, *RUNNING),
     "popo+mopps, running prior, 5 to 20 old, extra slots": ("--algorithm", "popo", *OLD, *EXTRA, *RUNNING),
     "mopps, running prior, 4 mini-batches": ("--algorithm", "grpo", *RUNNING, "--batch.mini-batches", "4"),
-    "popo-plus, 2 mini-batches": ("--algorithm", "popo-plus"),
     "popo-plus": ("--algorithm", "popo-plus", "--batch.mini-batches", "4"),
-    "popo-plus, clip around behaviour": ("--algorithm", "popo-behav", *OLDER, *EXTRA, *RUNNING),
+    "popo-plus, clip around proximal": ("--algorithm", "popo", *OLDER, *EXTRA, *RUNNING),
+    "popo-plus, clip around proximal, 2 mini-batches": ("--algorithm", "popo", *OLDER, "--replay.extra", "16", *RUNNING),
 }
 """What might beat plain recency at the same rollouts (and grpo with as many updates a step, to compare with)."""
 DIAGNOSES: Mapping[str, tuple[str, ...]] = {
@@ -58,7 +58,7 @@ DIAGNOSES: Mapping[str, tuple[str, ...]] = {
 EVERY: Mapping[str, tuple[str, ...]] = {**ALGORITHMS, **CANDIDATES, **DIAGNOSES}
 ADOPTED = "popo-plus"
 """What won on the main task, and is then asked to win on the others; with it, its rival."""
-FINALISTS = (ADOPTED, "popo-plus, clip around behaviour")
+FINALISTS = (ADOPTED, "popo-plus, clip around proximal")
 SEEDS = {"grpo": 5, "dapo": 5, "popo": 5} | dict.fromkeys(FINALISTS, 5)
 """On the main task; 3 for the rest."""
 SIZES = (4, 16, 32)
