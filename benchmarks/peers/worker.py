@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-WARM = 3
-"""Steps before the first that is timed: programs compile, memory is taken."""
+WARM = 6
+"""Steps before the first that is timed: programs compile, memory is taken (a process that compiled is slower for five more)."""
 
 
 class Channel:

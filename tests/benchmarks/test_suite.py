@@ -170,10 +170,10 @@ def test_large_sizes_lower_without_being_allocated(name, millions):
     P, B = b.c.batch.prompts, b.c.rows
     key, scalar = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((), jnp.int32)
     tokens, start, row = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((P, c.max_prompt), (P,), (B,)))
-    rows = sampling._prefill.lower(weights, tokens, start, row, key, model=model, c=c).out_info[0]
+    rows = sampling._prefill.lower(weights, tokens, start, row, key, model=model, c=c, mesh=b.mesh).out_info[0]
     assert rows.cache[0][1].shape == (B, model.c.kv_heads, c.max_prompt + c.max_response, model.c.head_dim)
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
-    drawn = sampling._decode.lower(weights, rows, scalar, scalar, key, model=model, c=c).out_info[1]
+    drawn = sampling._decode.lower(weights, rows, scalar, scalar, key, model=model, c=c, mesh=b.mesh).out_info[1]
     assert drawn.tokens.shape == (B, c.chunk)
 
 
