@@ -46,13 +46,13 @@ class Built:
     score: Callable[[Params, Any], jax.Array]
     """(params, tokens [B, T]) -> log-probs [B, T] at the sampling temperature, for any B of the batch's row shards."""
 
-    def fresh_params(self, key: jax.Array) -> Params:
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state.params)
-        return jax.jit(self.model.init, out_shardings=shardings)(key)
+    @property
+    def shardings(self) -> Params:
+        """Of the parameters."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state.params)
 
-    def place_params(self, params: Params) -> Params:
-        """Host or device parameters onto the mesh."""
-        return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, self.abstract_state.params)
+    def fresh_params(self, key: jax.Array) -> Params:
+        return jax.jit(self.model.init, out_shardings=self.shardings)(key)
 
     def state(self, params: Params) -> TrainState:
         """A state at step 0 around placed `params`, which it takes over: the train step donates them."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -55,6 +55,8 @@ class ExportArgs:
     out: Path
     step: int | None = None
     """None: the newest checkpoint."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights; None: as they were trained."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def _export(args: list[str]) -> None:
     _start()
     from popo_jax import export
 
-    step = export.export(a.run, a.out, a.step)
+    step = export.export(a.run, a.out, a.step, a.dtype)
     print(f"Policy of {a.run} after step {step} written to {a.out}")
 
 

@@ -124,8 +124,33 @@ TASK_NAMES: tuple[str, ...] = get_args(get_type_hints(TaskConfig)["name"])
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched beyond the length a model was first trained on."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_positions: int = 8192
+    """Length before stretching; llama3 and yarn."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_positions / low are stretched in full."""
+    high_freq_factor: float = 4.0
+    """llama3: those below original_positions / high not at all."""
+    beta_fast: float = 32.0
+    """yarn: rotations over the original length above which a dimension keeps its frequency."""
+    beta_slow: float = 1.0
+    """yarn: and below which it is stretched in full."""
+    truncate: bool = True
+    """yarn: round the two bounds to whole dimensions."""
+    attention_factor: float | None = None
+    """yarn: what cosines and sines are multiplied by; None: 0.1 ln(factor) + 1."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Shape and precision of a decoder with Qwen2's architecture. With `policy.path` the shape comes from there."""
+    """Shape and precision of a decoder. With `policy.path` the shape comes from there."""
+
+    family: Literal["qwen2", "qwen3", "llama", "mistral"] = "qwen2"
+    """Whose architecture and checkpoint format: qwen3 norms queries and keys."""
 
     vocab_size: int | None = None
     """None: the tokenizer's."""
@@ -136,8 +161,16 @@ class ModelConfig:
     head_dim: int = 32
     mlp: int = 384
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    max_positions: int = 32768
+    """Longest sequence the model was made for."""
+    window: int | None = None
+    """Tokens a query sees, itself included; None: all before it. mistral."""
     rms_eps: float = 1e-6
     attention_bias: bool = True
+    """Of queries, keys and values; with qwen3 and llama of the output too."""
+    mlp_bias: bool = False
+    """llama."""
     tie_embeddings: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation."""
@@ -148,11 +181,23 @@ class ModelConfig:
     linear: Literal["auto", "plain", "barrier"] = "auto"
     """How the backward of a linear layer is scheduled; auto: barrier on CPU (same numbers, faster), else plain."""
 
+    @property
+    def qk_norm(self) -> bool:
+        return self.family == "qwen3"
+
+    @property
+    def output_bias(self) -> bool:
+        return self.attention_bias and self.family in ("qwen3", "llama")
+
+
+MODEL_HOW = ("dtype", "param_dtype", "remat", "linear")
+"""Fields of ModelConfig that say how to compute; the others are a checkpoint's shape."""
+
 
 @dataclass(frozen=True)
 class PolicyConfig:
     path: str | None = None
-    """Folder of a Qwen2 checkpoint in Hugging Face's format; None: a fresh policy of shape `model`, warm-started."""
+    """Folder of a checkpoint in Hugging Face's format, or a hub id; None: a fresh policy of shape `model`, warm-started."""
 
 
 @dataclass(frozen=True)

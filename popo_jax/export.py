@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from etils import epath
 
 import popo_jax.policy as policies
@@ -9,8 +12,13 @@ from popo_jax import restore
 from popo_jax.types import UserError
 
 
-def export(run: epath.PathLike, out: epath.PathLike, step: int | None) -> int:
-    """Write the policy of a run's newest checkpoint (or `step`'s) to `out`, whole or not at all. Returns the step."""
+def export(
+    run: epath.PathLike, out: epath.PathLike, step: int | None, dtype: Literal["float32", "bfloat16"] | None = None
+) -> int:
+    """Write the policy of a run's newest checkpoint (or `step`'s) to `out`, whole or not at all. Returns the step.
+
+    dtype: of the weights; None: as they were trained.
+    """
     out = epath.Path(out)
     if out.exists():
         raise UserError(f"--out {out} must not exist yet")
@@ -19,6 +27,9 @@ def export(run: epath.PathLike, out: epath.PathLike, step: int | None) -> int:
     partial = out.parent / f".{out.name}.partial"
     if partial.exists():
         partial.rmtree()
-    policies.save(partial, restored.policy, restored.state.params)
+    policy = restored.policy
+    if dtype is not None:
+        policy = replace(policy, model=replace(policy.model, param_dtype=dtype))
+    policies.save(partial, policy, restored.state.params)
     partial.rename(out)
     return restored.step

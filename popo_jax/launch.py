@@ -53,7 +53,7 @@ def new(c: Config, console: Console) -> dict[str, Any]:
     policy = policies.describe(folder, c)
     sources = problems.load(c, policy.tokenizer)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
-    params = built.place_params(hf.load(folder, policy.model))
+    params = hf.load(folder, policy.model, built.shardings)
     reference = _reference(c, built, folder, policy)
     run = run_dir.create(c)
     console.say(f"Run directory: {run.path}")
@@ -186,5 +186,5 @@ def _reference(c: Config, built: Built, folder: epath.Path | None, policy: Polic
     """Scores fresh groups under the policy the run started from, kept outside the train state."""
     if not c.loss.kl_coef or folder is None:
         return None
-    params = built.place_params(hf.load(folder, policy.model))
+    params = hf.load(folder, policy.model, built.shardings)
     return reference_scorer(lambda tokens: built.score(params, tokens), c.row_tokens, c.batch.prompts * c.batch.group_size)

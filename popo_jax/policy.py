@@ -7,11 +7,14 @@ from typing import Any
 
 from etils import epath
 
-from popo_jax.config import Config, ModelConfig
+from popo_jax.config import MODEL_HOW, Config, ModelConfig
 from popo_jax.data import tokenizer as tokenizers
 from popo_jax.data.tokenizer import Tokenizer
 from popo_jax.models import hf, hf_config
 from popo_jax.types import UserError
+
+COPIED = (".json", ".jinja", ".txt", ".model")
+"""Endings of a checkpoint's files besides weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,13 +23,21 @@ class Policy:
 
     model: ModelConfig
     tokenizer: Tokenizer
+    folder: epath.Path | None = None
+    """Where its files lie, which `save` copies; None: made here."""
 
 
 def describe(folder: epath.PathLike, c: Config) -> Policy:
     """Shape and tokenizer of a checkpoint folder; precision and scheduling as `c.model` says."""
-    shape = hf_config.read_config(folder)
-    how = {name: getattr(c.model, name) for name in ("dtype", "param_dtype", "remat", "linear")}
-    return checked(Policy(replace(shape, **how), tokenizers.load(folder)), f"{folder}: vocab_size")
+    folder = epath.Path(folder)
+    how = {name: getattr(c.model, name) for name in MODEL_HOW}
+    shape = replace(hf_config.read_config(folder), **how)
+    if shape.max_positions < c.row_tokens:
+        raise UserError(
+            f"sample.max_prompt_tokens + sample.max_response_tokens must be at most the {shape.max_positions} positions that "
+            f"{folder} was made for, got {c.row_tokens}"
+        )
+    return checked(Policy(shape, tokenizers.load(folder), folder), f"{folder}: vocab_size")
 
 
 def checked(policy: Policy, what: str) -> Policy:
@@ -38,12 +49,25 @@ def checked(policy: Policy, what: str) -> Policy:
 
 
 def save(folder: epath.PathLike, policy: Policy, params: dict[str, Any] | None) -> None:
-    """A folder that transformers opens; without `params` it has everything but weights."""
+    """A folder that transformers opens; without `params` it has everything but weights.
+
+    Configs, tokenizer and chat template of a loaded policy are copied as they are, but for the weights' dtype.
+    """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    eos_ids, pad_id = policy.tokenizer.eos_ids, policy.tokenizer.pad_id
-    if params is None:
-        hf_config.save_config(folder, policy.model, eos_ids=eos_ids, pad_id=pad_id)
+    if policy.folder is not None:
+        _copy(policy.folder, folder, policy.model)
     else:
-        hf.save(folder, params, policy.model, eos_ids=eos_ids, pad_id=pad_id)
-    policy.tokenizer.save(folder)
+        hf_config.save_config(folder, policy.model, eos_ids=policy.tokenizer.eos_ids, pad_id=policy.tokenizer.pad_id)
+        policy.tokenizer.save(folder)
+    if params is not None:
+        hf.save_weights(folder, params, policy.model)
+
+
+def _copy(source: epath.Path, folder: epath.Path, c: ModelConfig) -> None:
+    for file in source.iterdir():
+        if file.suffix in COPIED and not file.name.endswith(".index.json"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = hf_config.read_json(folder / "config.json")
+    config.pop("dtype", None)  # transformers 5's name; the other is read by all
+    hf_config.write_json(folder / "config.json", config | {"torch_dtype": c.param_dtype})

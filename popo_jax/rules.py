@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 from popo_jax import plain
-from popo_jax.config import TASK_NAMES, Config
+from popo_jax.config import MODEL_HOW, TASK_NAMES, Config, ModelConfig
 from popo_jax.types import UserError
 
 
@@ -54,19 +54,7 @@ def unread(c: Config) -> dict[str, str]:
         keys.setdefault("replay.half_life", "pure recency orders by version alone")
     if c.policy.path is not None:
         keys["warm_start"] = "policy.path names a policy"
-        shape = (
-            "vocab_size",
-            "layers",
-            "width",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "mlp",
-            "rope_theta",
-            "rms_eps",
-            "attention_bias",
-            "tie_embeddings",
-        )
+        shape = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in MODEL_HOW]
         keys |= {f"model.{k}": "the shape comes from policy.path" for k in shape}
     for i, task in enumerate(c.tasks):
         for name in TASK_NAMES:
@@ -89,7 +77,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "steps batch.prompts batch.mini_batches batch.micro_batch sample.max_prompt_tokens sample.max_response_tokens "
         "sample.chunk sample.top_k eval.every eval.problems eval.samples checkpoint.every checkpoint.keep_last "
         "algorithm.max_rounds algorithm.dead_steps replay.min_age replay.max_uses replay.candidates mesh.data mesh.fsdp "
-        "mesh.tensor model.vocab_size model.layers model.width model.heads model.kv_heads model.mlp warm_start.steps "
+        "mesh.tensor model.vocab_size model.layers model.width model.heads model.kv_heads model.mlp model.max_positions "
+        "model.window model.rope_scaling.original_positions warm_start.steps "
         "warm_start.batch selection.candidates",
     ),
     (
@@ -102,7 +91,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "be above 0",
         lambda v: v > 0,
         "sample.temperature weight.cap replay.half_life optim.learning_rate optim.grad_clip optim.eps loss.clip_high "
-        "warm_start.learning_rate model.rope_theta model.rms_eps selection.prior",
+        "warm_start.learning_rate model.rope_theta model.rms_eps selection.prior model.rope_scaling.factor "
+        "model.rope_scaling.beta_fast model.rope_scaling.beta_slow model.rope_scaling.low_freq_factor "
+        "model.rope_scaling.high_freq_factor model.rope_scaling.attention_factor",
     ),
     ("be above 1, or null for off", lambda v: v > 1, "loss.dual_clip"),
     ("lie in (0, 1)", lambda v: 0 < v < 1, "loss.clip_low optim.b1 optim.b2"),
@@ -154,6 +145,15 @@ def _broken_relations(c: Config) -> Iterator[str]:
         ),
         (m.heads % m.kv_heads == 0, f"model.heads must be a multiple of model.kv_heads ({m.kv_heads}), got {m.heads}"),
         (m.head_dim > 0 and m.head_dim % 2 == 0, f"model.head_dim must be even and above 0, got {m.head_dim}"),
+        (
+            not m.attention_bias or m.family != "mistral",
+            "model.attention_bias must be false with model.family mistral, which has no biases, got true",
+        ),
+        (not m.mlp_bias or m.family == "llama", f"model.mlp_bias must be false with model.family {m.family}, got true"),
+        (
+            m.window is None or m.family == "mistral",
+            f"model.window must be null with model.family {m.family}, got {m.window}",
+        ),
         (r.max_age >= r.min_age, f"replay.max_age must be at least replay.min_age ({r.min_age}), got {r.max_age}"),
         (
             max(c.seed, c.warm_start.seed) < 2**32,

@@ -23,6 +23,7 @@ from popo_jax import build, plain, problems
 from popo_jax.config import TASK_NAMES, Config, OptimConfig
 from popo_jax.data import stream
 from popo_jax.data.tokenizer import characters
+from popo_jax.models.hub import locate
 from popo_jax.policy import Policy
 from popo_jax.rl.optim import make_tx
 from popo_jax.rl.state import Params, Purpose, TrainState, key_for
@@ -41,7 +42,7 @@ FORMAT = 1
 def starting_policy(c: Config, mesh: Mesh, say: Callable[[str], None]) -> epath.Path:
     """Folder of the policy the run starts from; made now if the config names none and the cache has none."""
     if c.policy.path is not None:
-        return epath.Path(c.policy.path)
+        return locate(c.policy.path)
     fresh = fresh_policy(c)
     folder = cache_dir() / "warm_start" / cache_key(c, fresh)
     if (folder / "config.json").exists():

@@ -59,7 +59,7 @@ def sharp(params: Any, factor: float = 4.0) -> Any:
 
 
 def state(b: Built, seed: int = 0) -> TrainState:
-    return b.state(b.place_params(sharp(b.fresh_params(jax.random.key(seed)))))
+    return b.state(jax.device_put(sharp(b.fresh_params(jax.random.key(seed))), b.shardings))
 
 
 def parts(path: Path, c: Config, *, grade: Callable[..., list[Verdict]] = grade_all, b: Built | None = None) -> train.Parts:

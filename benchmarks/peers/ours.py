@@ -53,7 +53,7 @@ def config(algorithm: str, micro_batch: int | None) -> dict[str, Any]:
 def built(inputs: Path, algorithm: str = "grpo") -> tuple[Built, Params]:
     c = resolve(from_dict(config(algorithm, micro_batch())))
     b = build.build(c, hf.read_config(inputs / "policy"), eos_ids=(case.EOS,), mesh=mesh.make_mesh(c))
-    return b, b.place_params(hf.load(inputs / "policy", hf.read_config(inputs / "policy")))
+    return b, hf.load(inputs / "policy", hf.read_config(inputs / "policy"), b.shardings)
 
 
 def sample(gate: Gate) -> None:

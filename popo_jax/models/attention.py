@@ -10,18 +10,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from popo_jax.config import ModelConfig
 from popo_jax.models.linear import Linear, precision
+from popo_jax.models.norm import RMSNorm
+from popo_jax.models.rope import Rope
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """(q_BKRTH, k_BKTH, v_BKTH) -> (out_BKRTH, what the caller keeps of this layer)."""
-
-Rope = tuple[Float[Array, "*B T H/2"], Float[Array, "*B T H/2"]]
-"""Cosines and sines."""
 
 
 def attention(q_BKRTH: Array, k: Array, v_BKSH: Array, mask: Array, *, keys: Literal["BKSH", "BKHS"] = "BKSH") -> Array:
@@ -36,13 +34,6 @@ def attention(q_BKRTH: Array, k: Array, v_BKSH: Array, mask: Array, *, keys: Lit
     mask_BKRTS = mask[..., None, None, :, :] if mask.ndim == 3 else mask
     weights = jax.nn.softmax(jnp.where(mask_BKRTS, scores, -1e30), axis=-1).astype(v_BKSH.dtype)
     return jnp.einsum("BKRTS,BKSH->BKRTH", weights, v_BKSH, precision=precision(v_BKSH))
-
-
-def rope(position: Int[Array, "*B T"], c: ModelConfig) -> Rope:
-    """Cosine and sine of position x theta^(-2i/H), i < H/2, float32 (RoFormer, arXiv:2104.09864)."""
-    frequency = (1.0 / c.rope_theta ** (np.arange(0, c.head_dim, 2) / c.head_dim)).astype(np.float32)
-    angle = position[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x_BNTH: Array, angles: Rope) -> Array:
@@ -68,7 +59,9 @@ class Attention(nn.Module):
         else:
             q, k, v = (Linear(c, n * H, c.attention_bias, name=name)(x_BTD) for name, n in (("q", N), ("k", K), ("v", K)))
         q_BNTH, k_BKTH, v_BKTH = (x.reshape(B, T, -1, H).swapaxes(1, 2) for x in (q, k, v))
+        if c.qk_norm:
+            q_BNTH, k_BKTH = RMSNorm(c, name="q_norm")(q_BNTH), RMSNorm(c, name="k_norm")(k_BKTH)
         q_BNTH, k_BKTH = rotate(q_BNTH, angles), rotate(k_BKTH, angles)
         out_BKRTH, kept = attend(q_BNTH.reshape(B, K, N // K, T, H), k_BKTH, v_BKTH)
         out_BTE = out_BKRTH.reshape(B, N, T, H).swapaxes(1, 2).reshape(B, T, N * H)
-        return Linear(c, D, name="o")(out_BTE), kept
+        return Linear(c, D, c.output_bias, name="o")(out_BTE), kept

@@ -1,7 +1,7 @@
 """The decoder: one Linen block, and plain functions that scan it in training and unroll it over a cache in decoding.
 
 Parameters are one nested dict, blocks stacked on axis 0:
-    embed/embedding   layers/{attn_norm, attn/{q,k,v,o}, mlp_norm, mlp/{gate,up,down}}   norm/scale   head/kernel (untied)
+    embed/embedding   layers/{attn_norm, attn/{q,k,v,o,q_norm,k_norm}, mlp_norm, mlp/{gate,up,down}}   norm/scale   head/kernel
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from popo_jax.config import ModelConfig
-from popo_jax.models.attention import Attend, Attention, Rope, attention, rope
+from popo_jax.models.attention import Attend, Attention, attention
 from popo_jax.models.kv_cache import Cache, allocate, visible, write
 from popo_jax.models.linear import Linear, precision
+from popo_jax.models.norm import RMSNorm
+from popo_jax.models.rope import Rope, rope
 
 Params = dict[str, Any]
 DecodeParams = dict[str, Any]
@@ -29,19 +31,6 @@ DecodeParams = dict[str, Any]
 UNROLL = 8
 """Blocks per iteration of training's scan. Saved activations of a scan are copied into one array: one block at a time costs 1.2
 times on CPU, and a model of up to so many blocks copies none."""
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) x scale, in float32 (arXiv:1910.07467)."""
-
-    c: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.c.param_dtype)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.c.rms_eps)
-        return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -54,10 +43,10 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.c
         if self.fused:
-            gate, up = jnp.split(Linear(c, 2 * c.mlp, name="gate_up")(x), 2, axis=-1)
+            gate, up = jnp.split(Linear(c, 2 * c.mlp, c.mlp_bias, name="gate_up")(x), 2, axis=-1)
         else:
-            gate, up = Linear(c, c.mlp, name="gate")(x), Linear(c, c.mlp, name="up")(x)
-        return Linear(c, c.width, name="down")(nn.silu(gate) * up)
+            gate, up = Linear(c, c.mlp, c.mlp_bias, name="gate")(x), Linear(c, c.mlp, c.mlp_bias, name="up")(x)
+        return Linear(c, c.width, c.mlp_bias, name="down")(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -87,7 +76,7 @@ class Embed(nn.Module):
 
 @dataclass(frozen=True)
 class Decoder:
-    """A Qwen2 policy of shape `c`, with vocab_size set and `linear` resolved. Hashable: static under jit."""
+    """A policy of shape `c`, with vocab_size set and `linear` resolved. Hashable: static under jit."""
 
     c: ModelConfig
 
@@ -99,7 +88,7 @@ class Decoder:
         """Fresh parameters in `param_dtype`: normal(0.02), biases 0, scales 1."""
         c, x = self.c, jnp.zeros((1, 1, self.c.width), self.c.dtype)
         embed, blocks, head = jax.random.split(key, 3)
-        angles, attend = rope(jnp.zeros((1, 1), jnp.int32), c), _causal(1)
+        angles, attend = rope(jnp.zeros((1, 1), jnp.int32), c), _causal(1, c.window)
 
         def block(key: jax.Array) -> Params:
             return Block(c).init(key, x, angles, attend)["params"]
@@ -118,7 +107,7 @@ class Decoder:
     def hidden(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The last block's output, final norm applied: what `head` reads."""
         T = tokens.shape[1]
-        angles, attend = rope(jnp.arange(T), self.c), _causal(T)
+        angles, attend = rope(jnp.arange(T), self.c), _causal(T, self.c.window)
 
         def block(x: Array, weights: Params) -> tuple[Array, None]:
             return _apply(Block(self.c), weights, x, angles, attend)[0], None
@@ -145,7 +134,7 @@ class Decoder:
         """Logits of the last slot, and a cache of `capacity` slots. Row b occupies slots start[b] .. S - 1."""
         S = tokens.shape[1]
         slots = jnp.arange(S)
-        mask_BTS = visible(start, slots, S)
+        mask_BTS = visible(start, slots, S, self.c.window)
 
         def attend(i: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             return attention(q, k, v, mask_BTS), allocate(k, v, capacity)
@@ -156,7 +145,7 @@ class Decoder:
         self, decode_params: DecodeParams, cache: Cache, token: Int[Array, " B"], slot: Int[Array, ""], start: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits after one more token per row, all rows at the same slot; row b's position is slot - start[b]."""
-        mask_BTS = visible(start, slot[None], cache[0][1].shape[2])
+        mask_BTS = visible(start, slot[None], cache[0][1].shape[2], self.c.window)
 
         def attend(i: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             layer = write(cache[i], k, v, slot)
@@ -190,13 +179,13 @@ def fuse(block: Params) -> Params:
 
     attn, mlp = block["attn"], block["mlp"]
     return block | {
-        "attn": {"qkv": beside(attn["q"], attn["k"], attn["v"]), "o": attn["o"]},
+        "attn": {k: v for k, v in attn.items() if k not in ("q", "k", "v")} | {"qkv": beside(attn["q"], attn["k"], attn["v"])},
         "mlp": {"gate_up": beside(mlp["gate"], mlp["up"]), "down": mlp["down"]},
     }
 
 
-def _causal(T: int) -> Attend:
-    mask_TS = jnp.tril(jnp.ones((T, T), bool))
+def _causal(T: int, window: int | None) -> Attend:
+    mask_TS = visible(jnp.zeros(1, jnp.int32), jnp.arange(T), T, window)[0]
     return lambda q, k, v: (attention(q, k, v, mask_TS), None)
 
 

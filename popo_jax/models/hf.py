@@ -1,53 +1,33 @@
-"""Qwen2 checkpoints in Hugging Face's folder format, loaded and saved through one table of names.
+"""Checkpoints in Hugging Face's folder format, loaded and saved through one table of names (`families`).
 
-Arrays here are numpy, on the host, in `param_dtype`; the caller places them.
+Loading reads tensor by tensor straight into sharded device arrays: the host never holds more than a layer of one weight.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from etils import epath
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from popo_jax.config import ModelConfig
 from popo_jax.models.decoder import Decoder, Params
-from popo_jax.models.hf_config import read_config, read_json, save_config, write_json
+from popo_jax.models.families import FAMILIES
+from popo_jax.models.hf_config import read_config, save_config, write_json
+from popo_jax.models.stored import INDEX, SINGLE, Stored, read, some, tensors
 from popo_jax.types import UserError
 
-__all__ = ["NAMES", "load", "read_config", "save", "save_config"]
+__all__ = ["load", "read_config", "save", "save_config", "save_weights"]
 
-NAMES: Mapping[str, str] = {
-    "embed/embedding": "model.embed_tokens.weight",
-    "layers/attn_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/attn/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
-    "layers/attn/q/bias": "model.layers.{}.self_attn.q_proj.bias",
-    "layers/attn/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
-    "layers/attn/k/bias": "model.layers.{}.self_attn.k_proj.bias",
-    "layers/attn/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
-    "layers/attn/v/bias": "model.layers.{}.self_attn.v_proj.bias",
-    "layers/attn/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
-    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
-    "layers/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
-    "layers/mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
-    "norm/scale": "model.norm.weight",
-    "head/kernel": "lm_head.weight",
-}
-"""Path in our parameters -> name in the checkpoint, {} the layer. Kernels are [in, out] here and [out, in] there."""
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LISTED = 4
-"""How many names an error spells out."""
+NOT_WEIGHTS = ("rotary_emb.inv_freq",)
+"""Endings of names that early checkpoints hold besides their weights."""
 
 
 class Entry(NamedTuple):
@@ -59,37 +39,73 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Stored(NamedTuple):
-    """One tensor of a file."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def load(folder: epath.PathLike, c: ModelConfig) -> Params:
+def load(folder: epath.PathLike, c: ModelConfig, shardings: Params | None = None) -> Params:
     """Parameters of shape `c` from a folder's safetensors, one file or shards, stored in any float type.
 
-    A tied checkpoint may hold lm_head.weight besides (not read); without attention_bias it may hold biases of 0.
-    Errors: UserError for no weights, an unreadable file, and all misfitting names, shapes and types together.
+    shardings: a tree like the parameters; None: all on the first device. A tied checkpoint may hold lm_head.weight besides
+    (not read); without attention_bias it may hold biases of 0. Errors: UserError for no weights, an unreadable file, and all
+    misfitting names, shapes and types together.
     """
-    with _local(epath.Path(folder)) as local:
-        stored = _open(_weight_files(epath.Path(folder), local), folder)
-        entries = list(_entries(c))
-        _check(entries, stored, folder, c)
-        params = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), _abstract(c))
-        flat = _flat(params)
-        by_file: dict[Path, list[Entry]] = {}
-        for entry in entries:
-            by_file.setdefault(stored[entry.name].file, []).append(entry)
-        for file, inside in by_file.items():
-            with safetensors.safe_open(file, framework="np") as f:
-                for e in inside:
-                    tensor = f.get_tensor(e.name)
-                    whole = flat[e.path]
-                    (whole if e.layer is None else whole[e.layer])[...] = tensor.T if _transposed(e.path) else tensor
+    abstract = _abstract(c)
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
+    where = _flat(shardings)
+    with tensors(folder) as stored:
+        entries: dict[str, list[Entry]] = {}
+        for e in _entries(c):
+            entries.setdefault(e.path, []).append(e)
+        _check([e for group in entries.values() for e in group], stored, folder, c)
         _refuse_biases(stored, folder, c)
-    return params
+        flat = {
+            path: _place([stored[e.name] for e in entries[path]], path, x, where[path]) for path, x in _flat(abstract).items()
+        }
+    return jax.tree.unflatten(jax.tree.structure(abstract), list(flat.values()))
+
+
+def _place(parts: Sequence[Stored], path: str, x: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+    """One weight on its devices; a part that several hold is read once."""
+    first: dict[str, jax.Array] = {}
+    shards = []
+    for device, index in sharding.addressable_devices_indices_map(x.shape).items():
+        assert index is not None
+        known = first.get(str(index))
+        shards.append(_shard(parts, path, x, index, device) if known is None else jax.device_put(known, device))
+        first.setdefault(str(index), shards[-1])
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+
+
+def _shard(
+    parts: Sequence[Stored], path: str, x: jax.ShapeDtypeStruct, index: tuple[slice, ...], device: jax.Device
+) -> jax.Array:
+    """The part of a weight at `index`; stacked blocks are written into their place one by one."""
+    stacked = path.startswith("layers/")
+    rest = index[1:] if stacked else index
+    shape = tuple(len(range(*s.indices(n))) for s, n in zip(rest, x.shape[stacked:], strict=True))
+
+    def tensor(s: Stored) -> np.ndarray:
+        out = _aligned(shape, x.dtype)
+        read(s, rest[::-1] if _transposed(path) else rest, out.T if _transposed(path) else out)
+        return out
+
+    if not stacked:
+        return jax.device_put(tensor(parts[0]), device)
+    whole = jnp.zeros((len(parts), *shape), x.dtype, device=device)
+    for i, s in enumerate(parts):
+        whole = jax.block_until_ready(_write(whole, tensor(s), i))
+    return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(whole: jax.Array, x: jax.Array, i: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(whole, x, i, 0)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array that a CPU device takes over without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def save(
@@ -102,18 +118,25 @@ def save(
     bos_id: int | None = None,
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Weights in `param_dtype` and the two configs, so that transformers loads the folder with no missing or unexpected name.
+    """Weights in `param_dtype` and the two configs, so that transformers loads the folder with no missing or unexpected name."""
+    save_weights(folder, params, c, max_shard_bytes=max_shard_bytes)
+    save_config(folder, c, eos_ids=eos_ids, pad_id=pad_id, bos_id=bos_id)
+
+
+def save_weights(folder: epath.PathLike, params: Params, c: ModelConfig, *, max_shard_bytes: float = 5e9) -> None:
+    """safetensors in `param_dtype`, with an index beyond one file; fetched from the devices a file at a time.
 
     transformers' Qwen2 always has q/k/v biases: without attention_bias they are written as 0.
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {path: np.asarray(x) for path, x in _flat(params).items()}
+    flat = _flat(params)
     expected = {e.path for e in _entries(c)}
     if set(flat) != expected:
         raise ValueError(f"save: the config and the parameters differ in {sorted(set(flat) ^ expected)}")
     dtype = np.dtype(c.param_dtype)
-    shards = _shards(list(_entries(dataclasses.replace(c, attention_bias=True))), dtype.itemsize, max_shard_bytes)
+    there = dataclasses.replace(c, attention_bias=True) if c.family == "qwen2" else c
+    shards = _shards(list(_entries(there)), dtype.itemsize, max_shard_bytes)
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards, strict=True):
         tensors = {e.name: _outward(flat, e, dtype) for e in shard}
@@ -123,7 +146,6 @@ def save(
         weight_map = {e.name: file for file, shard in zip(files, shards, strict=True) for e in shard}
         total = sum(int(np.prod(e.shape)) for shard in shards for e in shard) * dtype.itemsize
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    save_config(folder, c, eos_ids=eos_ids, pad_id=pad_id, bos_id=bos_id)
 
 
 @functools.cache
@@ -141,15 +163,15 @@ def _transposed(path: str) -> bool:
 
 def _entries(c: ModelConfig) -> Iterator[Entry]:
     """Every tensor of a checkpoint of shape `c`, layer by layer."""
-    flat = {path: x.shape for path, x in _flat(_abstract(c)).items()}
+    flat, names = {path: x.shape for path, x in _flat(_abstract(c)).items()}, FAMILIES[c.family].names
 
     def entry(path: str, layer: int | None) -> Entry:
         shape = flat[path] if layer is None else flat[path][1:]
-        return Entry(NAMES[path].format(layer), path, layer, shape[::-1] if _transposed(path) else shape)
+        return Entry(names[path].format(layer), path, layer, shape[::-1] if _transposed(path) else shape)
 
     yield entry("embed/embedding", None)
     for layer in range(c.layers):
-        yield from (entry(path, layer) for path in NAMES if path in flat and path.startswith("layers/"))
+        yield from (entry(path, layer) for path in names if path in flat and path.startswith("layers/"))
     yield from (entry(path, None) for path in ("norm/scale", "head/kernel") if path in flat)
 
 
@@ -167,39 +189,11 @@ def _shards(entries: Sequence[Entry], itemsize: int, limit: float) -> list[list[
     return shards
 
 
-def _outward(flat: Mapping[str, np.ndarray], e: Entry, dtype: np.dtype) -> np.ndarray:
+def _outward(flat: Mapping[str, Any], e: Entry, dtype: np.dtype) -> np.ndarray:
     if e.path not in flat:
         return np.zeros(e.shape, dtype)
-    x = flat[e.path] if e.layer is None else flat[e.path][e.layer]
+    x = np.asarray(flat[e.path] if e.layer is None else flat[e.path][e.layer])
     return np.ascontiguousarray(x.T if _transposed(e.path) else x, dtype)
-
-
-def _weight_files(folder: epath.Path, local: Path) -> list[Path]:
-    if (folder / SINGLE).exists():
-        return [local / SINGLE]
-    if not (folder / INDEX).exists():
-        raise UserError(f"{folder}: no weights, expected {SINGLE} or {INDEX}")
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise UserError(f"{folder / INDEX}: weight_map must map names to files, got {type(weight_map).__name__}")
-    files = sorted(set(weight_map.values()))
-    absent = [f for f in files if not (folder / f).exists()]
-    if absent:
-        raise UserError(f"{folder}: {INDEX} names {_some(absent)}, which {'is' if len(absent) == 1 else 'are'} not there")
-    return [local / f for f in files]
-
-
-def _open(files: Sequence[Path], folder: epath.PathLike) -> dict[str, Stored]:
-    stored: dict[str, Stored] = {}
-    for file in files:
-        try:
-            with safetensors.safe_open(file, framework="np") as f:
-                for name in f.keys():  # noqa: SIM118 (not a mapping)
-                    part = f.get_slice(name)
-                    stored[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{folder}/{file.name}: not a whole safetensors file ({error})") from None
-    return stored
 
 
 def _optional(c: ModelConfig) -> set[str]:
@@ -211,11 +205,12 @@ def _optional(c: ModelConfig) -> set[str]:
 def _check(entries: Sequence[Entry], stored: Mapping[str, Stored], folder: epath.PathLike, c: ModelConfig) -> None:
     missing = [e.name for e in entries if e.name not in stored]
     unexpected = sorted(set(stored) - {e.name for e in entries} - _optional(c))
+    unexpected = [name for name in unexpected if not name.endswith(NOT_WEIGHTS)]
     held = [(e, stored[e.name]) for e in entries if e.name in stored]
     shapes = [f"{e.name} {list(s.shape)} instead of {list(e.shape)}" for e, s in held if s.shape != e.shape]
     dtypes = [f"{e.name} {s.dtype}" for e, s in held if s.dtype not in ("F64", "F32", "F16", "BF16")]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "not of a float type": dtypes}
-    wrong = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    wrong = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
     if wrong:
         raise UserError(f"{folder}: the weights do not fit config.json; {'; '.join(wrong)}")
 
@@ -223,23 +218,7 @@ def _check(entries: Sequence[Entry], stored: Mapping[str, Stored], folder: epath
 def _refuse_biases(stored: Mapping[str, Stored], folder: epath.PathLike, c: ModelConfig) -> None:
     for name in sorted(_optional(c) & set(stored)):
         if name.endswith(".bias"):
-            with safetensors.safe_open(stored[name].file, framework="np") as f:
-                if np.any(f.get_tensor(name)):
-                    raise UserError(f"{folder}: {name} must be 0 where config.json says attention_bias false, got other values")
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-@contextlib.contextmanager
-def _local(folder: epath.Path) -> Iterator[Path]:
-    """The folder itself, or a copy of its weights where it lies in a bucket: safetensors reads files only."""
-    if "://" not in str(folder):
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory() as copy:
-        for file in folder.glob("*.safetensors"):
-            file.copy(Path(copy) / file.name)
-        yield Path(copy)
+            bias = np.empty(stored[name].shape, np.float32)
+            read(stored[name], [slice(None)], bias)
+            if np.any(bias):
+                raise UserError(f"{folder}: {name} must be 0 where config.json says attention_bias false, got other values")

@@ -1,58 +1,41 @@
-"""config.json of a Qwen2 in Hugging Face's format, read and written through one table of settings."""
+"""config.json of a checkpoint in Hugging Face's format, read and written through its family's table of settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from popo_jax.config import ModelConfig
+from popo_jax.config import ModelConfig, RopeScaling
+from popo_jax.models.families import FAMILIES, ROPE
 from popo_jax.types import UserError
-
-SETTINGS: Mapping[str, str] = {
-    "vocab_size": "vocab_size",
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "mlp": "intermediate_size",
-    "rope_theta": "rope_theta",
-    "rms_eps": "rms_norm_eps",
-    "attention_bias": "attention_bias",
-    "tie_embeddings": "tie_word_embeddings",
-}
-"""Field of ModelConfig -> key of config.json."""
-
-DEFAULTS: Mapping[str, Any] = {
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "attention_bias": True,
-    "tie_word_embeddings": False,
-    "num_key_value_heads": None,
-    "head_dim": None,
-}
-"""What transformers' Qwen2 takes for a key that is not there; None: from other keys."""
 
 
 def read_config(folder: epath.PathLike) -> ModelConfig:
     """The shape in a folder's config.json; precision and scheduling are left at their defaults.
 
-    Errors: UserError for anything but a Qwen2 with plain rotary positions and full attention.
+    Errors: UserError for an unknown family, or a variant of one that is not built here.
     """
     path = epath.Path(folder) / "config.json"
     data = read_json(path)
-    _refuse_variants(data, path)
-    rope = data.get("rope_parameters") or {}
-    found = {**DEFAULTS, **data, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
-    width, heads = (_number(found.get(key), int, key, path) for key in ("hidden_size", "num_attention_heads"))
+    family = FAMILIES.get(str(data.get("model_type")))
+    if family is None:
+        raise UserError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {data.get('model_type')!r}")
+    rope = _rope_of(data, path)
+    found = {**family.defaults, **data, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
+    _refuse_variants(found, path)
+    width, heads = (_setting(ModelConfig, name, found.get(key), key, path) for name, key in _BASE)
     derived = {"num_key_value_heads": heads, "head_dim": width // heads}
     found |= {key: value for key, value in derived.items() if found[key] is None}
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(ModelConfig)}
-    c = ModelConfig(**{ours: _number(found.get(key), kinds[ours], key, path) for ours, key in SETTINGS.items()})
+    fields = {ours: _setting(ModelConfig, ours, found.get(key), key, path) for ours, key in family.settings.items()}
+    scaling = _scaling(rope, fields["max_positions"], path)
+    c = ModelConfig(**{"family": data["model_type"], "rope_scaling": scaling, **family.implied, **fields})
     if c.heads % c.kv_heads or c.head_dim % 2:
         raise UserError(
             f"{path}: num_attention_heads must be a multiple of num_key_value_heads and head_dim even, "
@@ -65,20 +48,23 @@ def save_config(
     folder: epath.PathLike, c: ModelConfig, *, eos_ids: Sequence[int], pad_id: int, bos_id: int | None = None
 ) -> None:
     """config.json and generation_config.json; `read_config` gives back the shape of `c`."""
-    folder = epath.Path(folder)
+    folder, family = epath.Path(folder), FAMILIES[c.family]
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids), "pad_token_id": pad_id}
     fixed = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [family.architecture],
+        "model_type": c.family,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
-        "max_position_embeddings": 32768,
         "use_cache": True,
-        "use_sliding_window": False,
         "torch_dtype": c.param_dtype,
     }
-    write_json(folder / "config.json", fixed | {key: getattr(c, ours) for ours, key in SETTINGS.items()} | ids)
+    settings = {key: getattr(c, ours) for ours, key in family.settings.items()}
+    scaling = {key: getattr(c.rope_scaling, ours) for ours, key in ROPE[c.rope_scaling.kind].items()}
+    if c.rope_scaling.kind != "none":
+        named = {"rope_type": c.rope_scaling.kind} | {k: v for k, v in scaling.items() if v is not None}
+        settings["rope_scaling"] = named
+    write_json(folder / "config.json", {**fixed, **family.written, **settings, **ids})
     write_json(folder / "generation_config.json", {"do_sample": False} | ids)
 
 
@@ -99,8 +85,16 @@ def write_json(path: epath.Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _number(value: Any, kind: type, key: str, path: epath.Path) -> Any:
-    """`value` if it is a positive whole number (kind int, or the vocabulary's None), a positive number, or a bool."""
+_BASE = (("width", "hidden_size"), ("heads", "num_attention_heads"))
+
+
+def _setting(cls: type, name: str, value: Any, key: str, path: epath.Path) -> Any:
+    """`value` if it suits the field: a number above 0, a whole one for an int, a bool, null where the field may be None."""
+    hint = typing.get_type_hints(cls)[name]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds and name != "vocab_size":
+        return None
+    kind = next(k for k in kinds if k is not type(None))
     if kind is bool:
         good, expected = isinstance(value, bool), "true or false"
     else:
@@ -111,6 +105,42 @@ def _number(value: Any, kind: type, key: str, path: epath.Path) -> Any:
     return float(value) if kind is float else value
 
 
+def _rope_of(data: Mapping[str, Any], path: epath.Path) -> dict[str, Any]:
+    """rope_parameters (transformers 5), with rope_scaling (before) over it."""
+    both: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        part = data.get(key) or {}
+        if not isinstance(part, Mapping):
+            raise UserError(f"{path}: {key} must be a mapping, got {part!r}")
+        both |= part
+    return both
+
+
+def _scaling(rope: Mapping[str, Any], max_positions: int, path: epath.Path) -> RopeScaling:
+    """Defaults are transformers' own: the original length is the present one, yarn's factor their ratio."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = "none" if kind == "default" else kind
+    if kind not in ROPE:
+        raise UserError(f"{path}: rope_scaling's rope_type must be one of default, linear, llama3, yarn, got {kind!r}")
+    original = {"original_max_position_embeddings": max_positions}
+    given = {k: v for k, v in rope.items() if v is not None}
+    fields = {
+        ours: _setting(RopeScaling, ours, (original | given)[key], f"rope_scaling's {key}", path)
+        for ours, key in ROPE[kind].items()
+        if key in original | given
+    }
+    s = RopeScaling(**{"kind": kind, **fields})
+    if kind == "yarn" and "factor" not in fields:
+        s = dataclasses.replace(s, factor=max_positions / s.original_positions)
+    elif kind != "none" and "factor" not in fields:
+        raise UserError(f"{path}: rope_scaling's factor must be a number above 0, got nothing")
+    scales: list[Any] = [given.get(k) for k in ("mscale", "mscale_all_dim")]
+    if kind == "yarn" and s.attention_factor is None and all(scales):
+        a, b = (0.1 * m * math.log(s.factor) + 1.0 if s.factor > 1 else 1.0 for m in scales)
+        s = dataclasses.replace(s, attention_factor=a / b)
+    return s
+
+
 def _refuse_variants(data: Mapping[str, Any], path: epath.Path) -> None:
     """Errors: UserError for what changes the forward pass and is not built here."""
 
@@ -118,14 +148,13 @@ def _refuse_variants(data: Mapping[str, Any], path: epath.Path) -> None:
         if not good:
             raise UserError(f"{path}: {key} must be {expected}, got {value!r}")
 
-    need("model_type", data.get("model_type"), data.get("model_type") == "qwen2", "qwen2")
     need("hidden_act", data.get("hidden_act"), data.get("hidden_act", "silu") == "silu", "silu")
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = data.get(key) or {}
-        plain = isinstance(rope, dict) and {rope.get("rope_type", "default"), rope.get("type", "default")} == {"default"}
-        need(key, rope, plain, "of type default, without scaling")
+    partial = data.get("partial_rotary_factor", 1.0)
+    need("partial_rotary_factor", partial, partial in (None, 1.0), "1.0")
+    if data["model_type"] == "mistral":  # its window is every layer's
+        return
     full = data.get("max_window_layers", 28) >= (data.get("num_hidden_layers") or 0)
     slides = data.get("use_sliding_window", False) and data.get("sliding_window", 4096) is not None and not full
     need("use_sliding_window", True, not slides, "false, or max_window_layers at least num_hidden_layers")
-    types = data.get("layer_types") or []
-    need("layer_types", types, all(t == "full_attention" for t in types), "full_attention in every layer")
+    layers = data.get("layer_types") or []
+    need("layer_types", layers, all(t == "full_attention" for t in layers), "full_attention in every layer")

@@ -29,7 +29,8 @@ def write(layer: LayerCache, k_BKTH: Array, v_BKTH: Array, slot: Int[Array, ""])
     return k_BKHS, jax.lax.dynamic_update_slice_in_dim(v_BKSH, v_BKTH, slot, axis=2)
 
 
-def visible(start: Int[Array, " B"], slots: Int[Array, " T"], capacity: int) -> Bool[Array, "B T S"]:
-    """What the queries at `slots` see: slots start[b] <= s <= their own."""
+def visible(start: Int[Array, " B"], slots: Int[Array, " T"], capacity: int, window: int | None) -> Bool[Array, "B T S"]:
+    """What the queries at `slots` see: slots start[b] <= s <= their own, the last `window` of them."""
     s = jnp.arange(capacity)
-    return (s >= start[:, None, None]) & (s <= slots[:, None])
+    seen = (s >= start[:, None, None]) & (s <= slots[:, None])
+    return seen if window is None else seen & (s > slots[:, None] - window)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from popo_jax.config import ModelConfig
-from popo_jax.models.attention import attention, rope, rotate
+from popo_jax.models.attention import attention, rotate
+from popo_jax.models.rope import rope
 
 B, K, R, T, S, H = 2, 3, 2, 4, 5, 6
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -186,3 +188,31 @@ def test_a_weight_without_a_name_is_not_dropped_in_silence(tmp_path):
     params = {**drawn(C), "lora": {"kernel": np.zeros((2, 2))}}
     with pytest.raises(ValueError, match="lora/kernel"):
         hf.save(tmp_path, params, C, **IDS)
+
+
+LARGE = dataclasses.replace(C, vocab_size=65_536, layers=12, width=2048, heads=16, kv_heads=8, head_dim=128, mlp=5632)
+MEASURE = """
+import sys
+from popo_jax.models import hf
+c = hf.read_config(sys.argv[1])
+params = hf.load(sys.argv[1], c)
+import jax
+size = sum(x.nbytes for x in jax.tree.leaves(params))
+largest = max(x.nbytes // (len(x) if "layers" in str(path) else 1) for path, x in jax.tree.leaves_with_path(params))
+peak = 1024 * next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))
+print(size, largest, peak - size, float(params["norm"]["scale"].sum()))
+"""
+
+
+@pytest.mark.slow
+def test_loading_needs_little_more_than_the_parameters(tmp_path):
+    """Over the parameters' own bytes: one tensor and a fifth, the interpreter with jax (some 300 MB) counted in."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.random(x.shape, np.float32), jax.eval_shape(Decoder(LARGE).init, jax.random.key(0)))
+    hf.save(tmp_path, params, LARGE, max_shard_bytes=5e8, **IDS)
+    del params
+    out = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True, check=True).stdout
+    size, largest, over, _ = map(float, out.split())
+    print(f"parameters {size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, over {over / 1e6:.0f} MB")
+    assert size > 2e9
+    assert over < 1.2 * largest

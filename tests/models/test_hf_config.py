@@ -57,14 +57,14 @@ def test_spellings_of_several_versions(tmp_path, changes, field, value):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "llama"}, "model_type must be qwen2, got 'llama'"),
-        ({"model_type": "absent"}, "model_type must be qwen2, got None"),
+        ({"model_type": "gemma"}, "model_type must be one of qwen2, qwen3, llama, mistral, got 'gemma'"),
+        ({"model_type": "absent"}, "model_type must be one of qwen2, qwen3, llama, mistral, got None"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling must be of type default"),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rope_parameters must be of type default",
-        ),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope_type must be one of default, linear, llama3, yarn"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling's factor must be a number above 0, got nothing"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling's factor must be a number above 0, got '2'"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be a mapping, got 'linear'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0, got 0.5"),
         ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, "use_sliding_window must be false"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types must be full_attention"),
         ({"hidden_size": "absent"}, "hidden_size must be a number above 0, got None"),

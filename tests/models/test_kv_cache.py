@@ -22,6 +22,6 @@ def test_a_write_touches_its_slot_alone():
 
 
 def test_a_query_sees_from_its_rows_start_to_itself():
-    mask = visible(jnp.array([0, 2]), jnp.array([1, 3]), 5)
+    mask = visible(jnp.array([0, 2]), jnp.array([1, 3]), 5, None)
     np.testing.assert_array_equal(mask[0], [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
     np.testing.assert_array_equal(mask[1], [[0, 0, 0, 0, 0], [0, 0, 1, 1, 0]])

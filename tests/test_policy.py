@@ -1,0 +1,61 @@
+"""A policy's folder: described, and written again as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import popo_jax.policy as policies
+from popo_jax.config import Config, ModelConfig, SampleConfig
+from popo_jax.data.tokenizer import characters
+from popo_jax.models.decoder import Decoder
+from popo_jax.policy import Policy
+from popo_jax.types import UserError
+
+SHAPE = ModelConfig(vocab_size=99, layers=1, width=8, heads=2, kv_heads=1, head_dim=4, mlp=8, max_positions=64, linear="barrier")
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint as a hub might have it: with keys and files that are nothing to us."""
+    made, params = Policy(SHAPE, characters()), Decoder(SHAPE).init(jax.random.key(0))
+    policies.save(tmp_path / "there", made, params)
+    config = tmp_path / "there" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_version": "4.1", "dtype": "float32"}))
+    (tmp_path / "there" / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "there" / "generation_config.json").write_text('{"eos_token_id": [1, 2], "temperature": 0.6}')
+    return tmp_path / "there"
+
+
+def test_a_loaded_policy_keeps_its_files(folder, tmp_path):
+    policy = policies.describe(folder, Config(model=ModelConfig(param_dtype="bfloat16")))
+    assert policy.tokenizer.eos_ids == (1, 2)
+    policies.save(tmp_path / "run", policy, None)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    again = policies.describe(tmp_path / "run", Config())
+    assert (again.model, again.tokenizer.eos_ids) == (replace(policy.model, param_dtype="float32"), (1, 2))
+    policies.save(tmp_path / "out", policy, Decoder(SHAPE).init(jax.random.key(0)))
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["transformers_version"], config["torch_dtype"], config.get("dtype")) == ("4.1", "bfloat16", None)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(w.dtype) for w in weights.values()} == {"bfloat16"}
+    np.testing.assert_allclose(
+        weights["model.embed_tokens.weight"].astype(np.float32),
+        load_file(folder / "model.safetensors")["model.embed_tokens.weight"],
+        rtol=2**-8,
+    )
+
+
+def test_a_row_longer_than_the_model_was_made_for_is_refused(folder):
+    c = Config(sample=SampleConfig(max_prompt_tokens=32, max_response_tokens=33))
+    with pytest.raises(UserError, match=r"must be at most the 64 positions that .* was made for, got 65$"):
+        policies.describe(folder, c)
+    assert policies.describe(folder, Config(sample=SampleConfig(max_prompt_tokens=32, max_response_tokens=32)))
