@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import optax
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from popo_jax import sharding
 from popo_jax.config import Config, ModelConfig
+from popo_jax.models import hf, lora
 from popo_jax.models.decoder import Decoder
 from popo_jax.models.linear import resolve_linear
 from popo_jax.rl import update
@@ -54,11 +56,21 @@ class Built:
     def fresh_params(self, key: jax.Array) -> Params:
         return jax.jit(self.model.init, out_shardings=self.shardings)(key)
 
+    def load(self, folder: epath.PathLike, key: jax.Array) -> Params:
+        """A checkpoint's parameters on the mesh; LoRA's adapters are drawn with `key` and do nothing yet."""
+        shardings, frozen = lora.split(self.shardings, self.model.c)
+        params = hf.load(folder, lora.without(self.model.c), frozen or shardings)
+        if not frozen:
+            return params
+        fresh = jax.jit(lambda key: lora.split(self.model.init(key), self.model.c)[0], out_shardings=shardings)
+        return lora.join(fresh(key), params)
+
     def state(self, params: Params) -> TrainState:
         """A state at step 0 around placed `params`, which it takes over: the train step donates them."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        trained, _ = lora.split(params, self.model.c)
         step = jax.device_put(jax.numpy.zeros((), jax.numpy.int32), shardings.step)
-        return TrainState(step, params, jax.jit(self.tx.init, out_shardings=shardings.opt_state)(params))
+        return TrainState(step, params, jax.jit(self.tx.init, out_shardings=shardings.opt_state)(trained))
 
     def sampler(self, *, samples: int, temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Sampler:
         """For evaluation any samples and temperature; rows at once are those of training."""
@@ -116,7 +128,7 @@ def supervised(model: Decoder, tx: optax.GradientTransformation) -> Callable[...
 def abstract_state(model: Decoder, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState; computes nothing."""
     params = jax.eval_shape(model.init, jax.random.key(0))
-    opt_state = jax.eval_shape(tx.init, params)
+    opt_state = jax.eval_shape(tx.init, lora.split(params, model.c)[0])
     specs = sharding.param_specs(params, dict(mesh.shape))
     tree = TrainState(jax.ShapeDtypeStruct((), jax.numpy.int32), params, opt_state)
     spec_tree = TrainState(PartitionSpec(), specs, sharding.like_params(opt_state, specs))

@@ -57,6 +57,8 @@ class ExportArgs:
     """None: the newest checkpoint."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights; None: as they were trained."""
+    adapter: tyro.conf.FlagCreatePairsOff[bool] = False
+    """LoRA's adapter alone, for peft; else it is merged into the weights."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def _export(args: list[str]) -> None:
     _start()
     from popo_jax import export
 
-    step = export.export(a.run, a.out, a.step, a.dtype)
+    step = export.export(a.run, a.out, a.step, dtype=a.dtype, adapter=a.adapter)
     print(f"Policy of {a.run} after step {step} written to {a.out}")
 
 

@@ -146,6 +146,17 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen weights: x w + alpha / rank * (x a) b (arXiv:2106.09685)."""
+
+    rank: int | None = None
+    """None: off, every weight is trained."""
+    alpha: float = 32.0
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Linear layers of a block that have adapters."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape and precision of a decoder. With `policy.path` the shape comes from there."""
 
@@ -181,6 +192,8 @@ class ModelConfig:
     linear: Literal["auto", "plain", "barrier"] = "auto"
     """How the backward of a linear layer is scheduled; auto: barrier on CPU (same numbers, faster), else plain."""
 
+    lora: LoraConfig = LoraConfig()
+
     @property
     def qk_norm(self) -> bool:
         return self.family == "qwen3"
@@ -190,7 +203,7 @@ class ModelConfig:
         return self.attention_bias and self.family in ("qwen3", "llama")
 
 
-MODEL_HOW = ("dtype", "param_dtype", "remat", "linear")
+MODEL_HOW = ("dtype", "param_dtype", "remat", "linear", "lora")
 """Fields of ModelConfig that say how to compute; the others are a checkpoint's shape."""
 
 

@@ -9,15 +9,21 @@ from etils import epath
 
 import popo_jax.policy as policies
 from popo_jax import restore
+from popo_jax.models import peft
 from popo_jax.types import UserError
 
 
 def export(
-    run: epath.PathLike, out: epath.PathLike, step: int | None, dtype: Literal["float32", "bfloat16"] | None = None
+    run: epath.PathLike,
+    out: epath.PathLike,
+    step: int | None,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    adapter: bool = False,
 ) -> int:
     """Write the policy of a run's newest checkpoint (or `step`'s) to `out`, whole or not at all. Returns the step.
 
-    dtype: of the weights; None: as they were trained.
+    dtype: of the weights; None: as they were trained. adapter: LoRA's alone, for peft, instead of merged weights.
     """
     out = epath.Path(out)
     if out.exists():
@@ -30,6 +36,12 @@ def export(
     policy = restored.policy
     if dtype is not None:
         policy = replace(policy, model=replace(policy.model, param_dtype=dtype))
-    policies.save(partial, policy, restored.state.params)
+    if adapter and policy.model.lora.rank is None:
+        raise UserError(f"--adapter wants a run with model.lora.rank, got {run}, which trained every weight")
+    if adapter:
+        peft.save(partial, restored.state.params, policy.model, base=restored.c.policy.path)
+        policy.tokenizer.save(partial)
+    else:
+        policies.save(partial, policy, restored.state.params)
     partial.rename(out)
     return restored.step

@@ -19,11 +19,10 @@ from popo_jax.config import Config
 from popo_jax.data.selection import Mopps
 from popo_jax.data.stream import PromptStream
 from popo_jax.journal import Journal
-from popo_jax.models import hf
 from popo_jax.policy import Policy
 from popo_jax.replay.buffer import Buffer
 from popo_jax.rl.rollout import Collector, reference_scorer
-from popo_jax.rl.state import Params, TrainState
+from popo_jax.rl.state import Params, Purpose, TrainState, key_for
 from popo_jax.run_dir import Progress, RunDir
 from popo_jax.runtime.checkpoints import Checkpoints
 from popo_jax.runtime.clocks import Clock
@@ -53,7 +52,7 @@ def new(c: Config, console: Console) -> dict[str, Any]:
     policy = policies.describe(folder, c)
     sources = problems.load(c, policy.tokenizer)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
-    params = hf.load(folder, policy.model, built.shardings)
+    params = built.load(folder, key_for(c.seed, Purpose.INIT, 0))
     reference = _reference(c, built, folder, policy)
     run = run_dir.create(c)
     console.say(f"Run directory: {run.path}")
@@ -186,5 +185,5 @@ def _reference(c: Config, built: Built, folder: epath.Path | None, policy: Polic
     """Scores fresh groups under the policy the run started from, kept outside the train state."""
     if not c.loss.kl_coef or folder is None:
         return None
-    params = hf.load(folder, policy.model, built.shardings)
+    params = built.load(folder, key_for(c.seed, Purpose.INIT, 0))
     return reference_scorer(lambda tokens: built.score(params, tokens), c.row_tokens, c.batch.prompts * c.batch.group_size)

@@ -10,7 +10,7 @@ from etils import epath
 from popo_jax.config import MODEL_HOW, Config, ModelConfig
 from popo_jax.data import tokenizer as tokenizers
 from popo_jax.data.tokenizer import Tokenizer
-from popo_jax.models import hf, hf_config
+from popo_jax.models import hf, hf_config, lora
 from popo_jax.types import UserError
 
 COPIED = (".json", ".jinja", ".txt", ".model")
@@ -49,7 +49,7 @@ def checked(policy: Policy, what: str) -> Policy:
 
 
 def save(folder: epath.PathLike, policy: Policy, params: dict[str, Any] | None) -> None:
-    """A folder that transformers opens; without `params` it has everything but weights.
+    """A folder that transformers opens, adapters merged; without `params` it has everything but weights.
 
     Configs, tokenizer and chat template of a loaded policy are copied as they are, but for the weights' dtype.
     """
@@ -61,7 +61,8 @@ def save(folder: epath.PathLike, policy: Policy, params: dict[str, Any] | None) 
         hf_config.save_config(folder, policy.model, eos_ids=policy.tokenizer.eos_ids, pad_id=policy.tokenizer.pad_id)
         policy.tokenizer.save(folder)
     if params is not None:
-        hf.save_weights(folder, params, policy.model)
+        c = policy.model
+        hf.save_weights(folder, lora.merge(params, c), lora.without(c))
 
 
 def _copy(source: epath.Path, folder: epath.Path, c: ModelConfig) -> None:

@@ -56,6 +56,8 @@ def unread(c: Config) -> dict[str, str]:
         keys["warm_start"] = "policy.path names a policy"
         shape = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in MODEL_HOW]
         keys |= {f"model.{k}": "the shape comes from policy.path" for k in shape}
+    if c.model.lora.rank is None:
+        keys |= {f"model.lora.{k}": "model.lora.rank is null" for k in ("alpha", "targets")}
     for i, task in enumerate(c.tasks):
         for name in TASK_NAMES:
             if task.name != name:
@@ -78,7 +80,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "sample.chunk sample.top_k eval.every eval.problems eval.samples checkpoint.every checkpoint.keep_last "
         "algorithm.max_rounds algorithm.dead_steps replay.min_age replay.max_uses replay.candidates mesh.data mesh.fsdp "
         "mesh.tensor model.vocab_size model.layers model.width model.heads model.kv_heads model.mlp model.max_positions "
-        "model.window model.rope_scaling.original_positions warm_start.steps "
+        "model.window model.rope_scaling.original_positions model.lora.rank warm_start.steps "
         "warm_start.batch selection.candidates",
     ),
     (
@@ -93,7 +95,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "sample.temperature weight.cap replay.half_life optim.learning_rate optim.grad_clip optim.eps loss.clip_high "
         "warm_start.learning_rate model.rope_theta model.rms_eps selection.prior model.rope_scaling.factor "
         "model.rope_scaling.beta_fast model.rope_scaling.beta_slow model.rope_scaling.low_freq_factor "
-        "model.rope_scaling.high_freq_factor model.rope_scaling.attention_factor",
+        "model.rope_scaling.high_freq_factor model.lora.alpha model.rope_scaling.attention_factor",
     ),
     ("be above 1, or null for off", lambda v: v > 1, "loss.dual_clip"),
     ("lie in (0, 1)", lambda v: 0 < v < 1, "loss.clip_low optim.b1 optim.b2"),
@@ -153,6 +155,14 @@ def _broken_relations(c: Config) -> Iterator[str]:
         (
             m.window is None or m.family == "mistral",
             f"model.window must be null with model.family {m.family}, got {m.window}",
+        ),
+        (
+            m.lora.rank is None or bool(m.lora.targets),
+            "model.lora.targets must name at least one layer when model.lora.rank is given, got none",
+        ),
+        (
+            len(set(m.lora.targets)) == len(m.lora.targets),
+            f"model.lora.targets must name each layer once, got {', '.join(m.lora.targets)}",
         ),
         (r.max_age >= r.min_age, f"replay.max_age must be at least replay.min_age ({r.min_age}), got {r.max_age}"),
         (

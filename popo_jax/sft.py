@@ -23,6 +23,7 @@ from popo_jax import build, plain, problems
 from popo_jax.config import TASK_NAMES, Config, OptimConfig
 from popo_jax.data import stream
 from popo_jax.data.tokenizer import characters
+from popo_jax.models import lora
 from popo_jax.models.hub import locate
 from popo_jax.policy import Policy
 from popo_jax.rl.optim import make_tx
@@ -69,14 +70,14 @@ def make(c: Config, mesh: Mesh, folder: epath.PathLike, say: Callable[[str], Non
 def fresh_policy(c: Config) -> Policy:
     tokenizer = characters()
     size = tokenizer.vocab_size if c.model.vocab_size is None else c.model.vocab_size
-    return policies.checked(Policy(replace(c.model, vocab_size=size), tokenizer), "model.vocab_size")
+    return policies.checked(Policy(replace(lora.without(c.model), vocab_size=size), tokenizer), "model.vocab_size")
 
 
 def cache_key(c: Config, fresh: Policy) -> str:
     """Hash of model, tokenizer, tasks, limits and warm-start settings (its seed among them)."""
     tasks = [{k: v for k, v in plain.to_plain(t).items() if k == t.name or k not in TASK_NAMES} for t in c.tasks]
     prints = problems.fingerprints(problems.load(c, fresh.tokenizer))
-    parts: Sequence[Any] = (plain.to_plain(c.model), tasks, plain.to_plain(c.warm_start), c.row_tokens)
+    parts: Sequence[Any] = (plain.to_plain(lora.without(c.model)), tasks, plain.to_plain(c.warm_start), c.row_tokens)
     identity = [FORMAT, fresh.tokenizer.fingerprint(), prints, *parts]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

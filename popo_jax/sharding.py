@@ -24,8 +24,17 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "kv": "tensor",
     "mlp": "tensor",
     "norm": None,
+    "rank": None,
 }
 """Logical axis -> mesh axis."""
+
+INTO = {f"attn/{x}": "embed" for x in "qkv"} | {"attn/o": "heads", "mlp/gate": "embed", "mlp/up": "embed", "mlp/down": "mlp"}
+OUT_OF = {"attn/q": "heads", "attn/k": "kv", "attn/v": "kv", "attn/o": "embed"} | {
+    "mlp/gate": "mlp",
+    "mlp/up": "mlp",
+    "mlp/down": "embed",
+}
+"""Linear layer of a block -> logical axis of what goes in, and of what comes out."""
 
 AXES: Mapping[str, tuple[str, ...]] = {
     "embed/embedding": ("vocab", "embed"),
@@ -47,6 +56,8 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "layers/mlp/up/bias": ("layers", "mlp"),
     "layers/mlp/down/kernel": ("layers", "mlp", "embed"),
     "layers/mlp/down/bias": ("layers", "norm"),
+    **{f"layers/{x}/lora_a": ("layers", axis, "rank") for x, axis in INTO.items()},
+    **{f"layers/{x}/lora_b": ("layers", "rank", axis) for x, axis in OUT_OF.items()},
     "norm/scale": ("norm",),
     "head/kernel": ("embed", "vocab"),
 }

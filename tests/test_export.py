@@ -9,12 +9,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 
 import popo_jax.policy as policies
-from popo_jax import evaluate, export, problems, restore, run_dir
+from popo_jax import cli, evaluate, export, launch, problems, restore, run_dir
+from popo_jax.models import lora
 from popo_jax.policy import Policy
 from popo_jax.tasks.pool import grade_all
 from tests import tiny
+from tests.killable import luck
 
 
 def transformers_greedy(folder: Path, prompts: list, limit: int) -> list[str]:
@@ -61,6 +64,34 @@ def test_an_exported_policy_answers_the_same_in_transformers(tmp_path):
     ours = evaluate.answer(params, prompts, greedy, tiny.TOKENIZER.decode, seed=0, version=0)
     assert len(set(ours.texts)) > 8
     assert transformers_greedy(tmp_path / "out", prompts, 8) == list(ours.texts)
+
+
+def test_a_lora_run_is_exported_merged_and_as_an_adapter(tmp_path, monkeypatch):
+    """From the command line: a base, three steps of POPO on its adapters, both exports; only the adapters have moved."""
+    theirs, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(launch, "grade_all", luck)
+    data = tiny.BASE | {"steps": 3, "policy": {"path": str(tmp_path / "base")}, "run_dir": str(tmp_path / "run")}
+    data["model"] = {"lora": {"rank": 2}}
+    shape = tiny.built(tiny.config())
+    base = tiny.sharp(shape.fresh_params(jax.random.key(0)))
+    policies.save(tmp_path / "base", Policy(shape.model.c, tiny.TOKENIZER), base)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(data))
+    assert cli.main(["train", str(tmp_path / "c.yaml")]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--adapter"]) == 0
+    r = restore.restore(tmp_path / "run", None)
+    frozen = lora.split(r.state.params, r.policy.model)[1]
+    jax.tree.map(np.testing.assert_array_equal, frozen, base)
+    ids = np.arange(3, 15)[None]
+    ours = r.built.model.logits(r.state.params, ids)
+    adapted = theirs.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    with torch.no_grad():
+        for there in (adapted.eval(), AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()):
+            np.testing.assert_allclose(there(torch.from_numpy(ids)).logits.numpy(), ours, atol=1e-4, rtol=0)
+    assert np.abs(ours - shape.model.logits(base, ids)).max() > 1e-3
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--steps", "4"]) == 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from popo_jax.config import ModelConfig
+from popo_jax.models import lora
 from popo_jax.models.attention import Attend, Attention, attention
 from popo_jax.models.kv_cache import Cache, allocate, visible, write
 from popo_jax.models.linear import Linear, precision
@@ -123,8 +124,8 @@ class Decoder:
         return jnp.dot(hidden, w.astype(hidden.dtype), precision=precision(hidden), preferred_element_type=jnp.float32)
 
     def for_decode(self, params: Params) -> DecodeParams:
-        """The weights as `prefill` and `decode` read them; make them once per sampling call."""
-        cast = jax.tree.map(lambda w: w.astype(self.c.dtype), params)
+        """The weights as `prefill` and `decode` read them, adapters merged; make them once per sampling call."""
+        cast = jax.tree.map(lambda w: w.astype(self.c.dtype), lora.merge(params, self.c))
         blocks = [jax.tree.map(lambda w, i=i: w[i], cast["layers"]) for i in range(self.c.layers)]
         return cast | {"layers": [fuse(block) for block in blocks]}
 
@@ -159,7 +160,7 @@ class Decoder:
         x, cache = _apply(Embed(self.c), weights["embed"], tokens), []
         angles = jax.lax.optimization_barrier(rope(position, self.c))  # or XLA computes them again for every head and layer
         for i, block in enumerate(weights["layers"]):
-            x, layer = _apply(Block(self.c, fused=True), block, x, angles, partial(attend, i))
+            x, layer = _apply(Block(lora.without(self.c), fused=True), block, x, angles, partial(attend, i))
             cache.append(layer)
         return self.head(weights, self._norm(weights, x[:, -1])), tuple(cache)
 

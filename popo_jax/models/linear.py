@@ -66,8 +66,13 @@ _barrier.defvjp(_barrier_fwd, _barrier_bwd)
 _PRODUCT: Mapping[str, Callable[[Array, Array], Array]] = {"plain": _plain, "barrier": _barrier}
 
 
+def has_adapter(c: ModelConfig, name: str | None) -> bool:
+    """Whether the linear layer of that name trains an adapter instead of its weights."""
+    return c.lora.rank is not None and name in c.lora.targets
+
+
 class Linear(nn.Module):
-    """`linear` with its weights: kernel [D, features], bias [features] if any."""
+    """`linear` with its weights: kernel [D, features], bias [features] if any; lora_a [D, r], lora_b [r, features] likewise."""
 
     c: ModelConfig
     features: int
@@ -78,4 +83,13 @@ class Linear(nn.Module):
         dtype = self.c.param_dtype
         w = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), dtype)
         b = self.param("bias", nn.initializers.zeros, (self.features,), dtype) if self.bias else None
-        return linear(x, w.astype(x.dtype), None if b is None else b.astype(x.dtype), kind=self.c.linear)  # type: ignore[arg-type]
+        y = linear(x, w.astype(x.dtype), None if b is None else b.astype(x.dtype), kind=self.c.linear)  # type: ignore[arg-type]
+        return y + self._adapter(x) if has_adapter(self.c, self.name) else y
+
+    def _adapter(self, x: Array) -> Array:
+        """alpha / rank * (x a) b; zero at first, because b is."""
+        rank, dtype = self.c.lora.rank, self.c.param_dtype
+        assert rank is not None
+        a = self.param("lora_a", nn.initializers.he_uniform(), (x.shape[-1], rank), dtype)
+        b = self.param("lora_b", nn.initializers.zeros, (rank, self.features), dtype)
+        return _plain(_plain(x, a.astype(x.dtype)), b.astype(x.dtype)) * jnp.asarray(self.c.lora.alpha / rank, x.dtype)

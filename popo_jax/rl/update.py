@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from popo_jax.config import Config
+from popo_jax.models import lora
 from popo_jax.models.decoder import Decoder
 from popo_jax.ops.logprobs import logprobs_and_entropy
 from popo_jax.ops.losses import decoupled_surrogate, denominator, k3, numerator, sequence_behaviour
@@ -33,12 +34,13 @@ def train_step(
     """
     M = c.batch.mini_batches
     logp_prox = None if M == 1 else start_logprobs(state.params, batch, model=model, c=c)
+    trained, frozen = lora.split(state.params, model.c)
     minis = jax.tree.map(lambda x: split_slots(x, M, c.batch.group_size), (batch, logp_prox))
     rate = learning_rate(c.optim, c.steps)(state.step)
 
     def mini_step(carry: tuple[Params, Any], mini: tuple[Batch, Any]) -> tuple[tuple[Params, Any], tuple[Any, Any]]:
         params, opt_state = carry
-        grads, sums, logp = gradient(params, *mini, state.step, model=model, c=c)
+        grads, sums, logp = gradient(params, frozen, *mini, state.step, model=model, c=c)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
         applied = finite & (sums["tokens"] > 0)
@@ -50,24 +52,24 @@ def train_step(
         sums |= {"grad_norm": norm, "update_norm": moved, "skipped": sums["tokens"] == 0, "nonfinite": ~finite}
         return carry, (sums, logp)
 
-    (params, opt_state), (sums, logp) = jax.lax.scan(mini_step, (state.params, state.opt_state), minis)
+    (params, opt_state), (sums, logp) = jax.lax.scan(mini_step, (trained, state.opt_state), minis)
     logp_start = join_slots(logp, c.batch.group_size) if logp_prox is None else logp_prox
     logp_start = jnp.where(batch.sampled_mask, logp_start, 0.0)
     metrics = measures.finish(sums) | {"learning_rate": rate}
-    return TrainState(state.step + 1, params, opt_state), StepOut(metrics, logp_start)
+    return TrainState(state.step + 1, lora.join(params, frozen), opt_state), StepOut(metrics, logp_start)
 
 
 def gradient(
-    params: Params, mini: Batch, logp_prox: Float[Array, "b T"] | None, step: Array, *, model: Decoder, c: Config
+    params: Params, frozen: Params, mini: Batch, logp_prox: Float[Array, "b T"] | None, step: Array, *, model: Decoder, c: Config
 ) -> tuple[Params, dict[str, Array], Float[Array, "b T"]]:
-    """Gradient of one mini-batch's loss, sums for the metrics, and log-probs under `params` [b, T]."""
+    """Gradient of one mini-batch's loss in `params`, sums for the metrics, and log-probs [b, T]; `frozen`: the other weights."""
     limit = c.sample.max_response_tokens
     below = jnp.maximum(denominator(mini.token_mask, aggregation=c.loss.aggregation, response_limit=limit), 1.0)
     n = 1 if c.batch.micro_batch is None else mini.tokens.shape[0] // c.batch.micro_batch
     micros = jax.tree.map(lambda x: split_rows(x, n), (mini, logp_prox))
 
     def loss_of(params: Params, micro: Batch, prox: Float[Array, "r T"] | None) -> tuple[Array, tuple[dict[str, Array], Array]]:
-        logits_BTV = model.logits(params, micro.tokens)
+        logits_BTV = model.logits(lora.join(params, frozen), micro.tokens)
         logp, entropy = logprobs_and_entropy(logits_BTV, micro.tokens, temperature=c.sample.temperature)
         prox = jax.lax.stop_gradient(logp) if prox is None else prox
         around = anchors(prox, micro, c=c)

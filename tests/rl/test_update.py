@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from popo_jax.models import lora
+from popo_jax.models.decoder import Decoder
 from popo_jax.rl import update
 from popo_jax.rl.optim import learning_rate
 from popo_jax.rl.state import Batch, TrainState
@@ -43,7 +45,8 @@ def _setup(**kw):
     c = tiny.config(model__layers=1, **kw)
     b = tiny.built(c)
     keep = jax.jit(functools.partial(update.train_step, model=b.model, tx=b.tx, c=b.c))
-    gradient = jax.jit(functools.partial(update.gradient, model=b.model, c=b.c))
+    whole = functools.partial(update.gradient, model=b.model, c=b.c)
+    gradient = jax.jit(lambda params, *rest: whole(params, {}, *rest))
     return c, dataclasses.replace(b, train_step=keep), tiny.state(b), gradient
 
 
@@ -252,3 +255,24 @@ def test_learning_rate_schedules():
     assert rates[10] == pytest.approx(0.0) and sorted(rates[3:], reverse=True) == rates[3:]
     flat = tiny.config(optim__learning_rate=1.0).optim
     assert [float(learning_rate(flat, 10)(i)) for i in (0, 9)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("minis", [1, 2])
+def test_with_lora_only_the_adapters_move(minis):
+    """The frozen weights stay to the bit, the optimizer keeps moments of the adapters alone, the merged model says the same."""
+    b = tiny.built(tiny.config(model__lora={"rank": 2, "targets": ["q", "down"]}, batch__mini_batches=minis))
+    before = jax.tree.map(np.asarray, tiny.state(b))
+    trained, frozen = lora.split(before.params, b.model.c)
+    assert len(jax.tree.leaves(trained)) == 4
+    moments = [x.shape for x in jax.tree.leaves(before.opt_state) if x.ndim]
+    assert sorted(moments) == sorted(2 * [x.shape for x in jax.tree.leaves(trained)])
+    after, out = b.train_step(tiny.state(b), batch())
+    assert out.metrics["grad_norm"] > 0
+    moved, still = lora.split(after.params, b.model.c)
+    jax.tree.map(np.testing.assert_array_equal, still, frozen)
+    assert np.abs(moved["layers"]["attn"]["q"]["lora_b"]).max() > 0
+    merged = Decoder(lora.without(b.model.c))
+    tokens = batch().tokens
+    np.testing.assert_allclose(
+        b.model.logits(after.params, tokens), merged.logits(lora.merge(after.params, b.model.c), tokens), atol=1e-4
+    )
