@@ -16,10 +16,11 @@ from rich.table import Table
 
 from popo_jax import restore
 from popo_jax.data.stream import Source
+from popo_jax.problems import GradeFn
 from popo_jax.problems import load as load_problems
 from popo_jax.rl.state import Purpose, key_for
 from popo_jax.sampling.sampler import SampleFn
-from popo_jax.tasks.pool import grade_all
+from popo_jax.tasks.graders import Graders
 from popo_jax.types import Prompt, UserError, Verdict
 
 
@@ -42,14 +43,21 @@ def held_out(sources: Sequence[Source], n: int) -> list[Prompt]:
 
 
 def answer(
-    params: Any, prompts: Sequence[Prompt], sample: SampleFn, decode: Callable[[np.ndarray], str], *, seed: int, version: int
+    params: Any,
+    prompts: Sequence[Prompt],
+    sample: SampleFn,
+    decode: Callable[[np.ndarray], str],
+    grade: GradeFn,
+    *,
+    seed: int,
+    version: int,
 ) -> Answers:
     """Sample and grade. The key is the same at every step, so evaluations differ by the policy only."""
     key = key_for(seed, Purpose.EVAL, 0)
     responses = sample(params, [p.tokens for p in prompts], key, version=version)
     k = len(responses.tokens) // len(prompts)
     texts = tuple(decode(row[mask]) for row, mask in zip(responses.tokens, responses.sampled_mask, strict=True))
-    verdicts = tuple(grade_all([(prompts[i // k].task, t, prompts[i // k].answer) for i, t in enumerate(texts)]))
+    verdicts = tuple(grade([(prompts[i // k].task, t, prompts[i // k].answer) for i, t in enumerate(texts)]))
     correct = np.nan_to_num(np.array([v.correct for v in verdicts], np.float32)).reshape(len(prompts), k)
     return Answers(tuple(prompts), texts, verdicts, correct)
 
@@ -96,8 +104,9 @@ def command(
     n, decode = max(k), r.policy.tokenizer.decode
     greedy = r.built.sampler(samples=1, temperature=0.0)
     drawn = r.built.sampler(samples=n, temperature=temperature, top_p=top_p)
-    first = answer(r.state.params, prompts, greedy, decode, seed=seed, version=r.step)
-    many = answer(r.state.params, prompts, drawn, decode, seed=seed, version=r.step)
+    with Graders(r.c) as grade:
+        first = answer(r.state.params, prompts, greedy, decode, grade, seed=seed, version=r.step)
+        many = answer(r.state.params, prompts, drawn, decode, grade, seed=seed, version=r.step)
     result = {"greedy": float(first.correct.mean()), f"avg@{n}": float(many.correct.mean())}
     result |= {f"pass@{i}": pass_at(many.correct, i) for i in sorted(set(k))}
     how = {"step": r.step, "problems": len(prompts), "samples": n, "temperature": temperature, "top_p": top_p, "seed": seed}

@@ -20,6 +20,7 @@ from popo_jax.data.selection import Mopps
 from popo_jax.data.stream import PromptStream
 from popo_jax.journal import Journal
 from popo_jax.policy import Policy
+from popo_jax.problems import GradeFn
 from popo_jax.replay.buffer import Buffer
 from popo_jax.rl.rollout import Collector, reference_scorer
 from popo_jax.rl.state import Params, Purpose, TrainState, key_for
@@ -30,7 +31,7 @@ from popo_jax.runtime.console import Console
 from popo_jax.runtime.mesh import make_mesh
 from popo_jax.runtime.signals import stop_wish
 from popo_jax.runtime.writers import Loggers
-from popo_jax.tasks.pool import grade_all
+from popo_jax.tasks.graders import Graders
 from popo_jax.types import Group, UserError
 
 
@@ -46,6 +47,17 @@ class Start:
 
 def new(c: Config, console: Console) -> dict[str, Any]:
     """`popo train CONFIG`: a new run directory, trained to the end. Returns the summary."""
+    with Graders(c) as grade:
+        return _new(c, grade, console)
+
+
+def resume(c: Config, run: RunDir, step: int | None, console: Console) -> dict[str, Any]:
+    """`popo train --resume RUN`: from its newest whole checkpoint, or the one of `step`, to the end."""
+    with Graders(c) as grade:
+        return _resume(c, run, step, grade, console)
+
+
+def _new(c: Config, grade: GradeFn, console: Console) -> dict[str, Any]:
     mesh = make_mesh(c)
     run_dir.create(c, make=False)  # refused before the warm start, made when nothing else can be refused
     folder = sft.starting_policy(c, mesh, console.say)
@@ -56,14 +68,14 @@ def new(c: Config, console: Console) -> dict[str, Any]:
     reference = _reference(c, built, folder, policy)
     run = run_dir.create(c)
     console.say(f"Run directory: {run.path}")
-    run_dir.write_config(run, c, _fingerprints(policy, sources))
+    prints = _fingerprints(policy, sources, grade)
+    run_dir.write_config(run, c, prints)
     policies.save(run.path / "policy", policy, None)
     start = Start(built.state(params), Buffer(c.replay), _selection(c), Progress())
-    return _go(c, run, built, policy, sources, start, reference, console)
+    return _go(c, run, built, policy, sources, prints, grade, start, reference, console)
 
 
-def resume(c: Config, run: RunDir, step: int | None, console: Console) -> dict[str, Any]:
-    """`popo train --resume RUN`: from its newest whole checkpoint, or the one of `step`, to the end."""
+def _resume(c: Config, run: RunDir, step: int | None, grade: GradeFn, console: Console) -> dict[str, Any]:
     mesh, policy = make_mesh(c), policies.describe(run.path / "policy", c)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
     with _checkpoints(c, run) as checkpoints:
@@ -72,7 +84,7 @@ def resume(c: Config, run: RunDir, step: int | None, console: Console) -> dict[s
         step = checkpoints.steps()[-1] if step is None else step
         where = f"checkpoint {run.path / 'checkpoints' / str(step)}"
         sources = problems.load(c, policy.tokenizer)
-        prints = _fingerprints(policy, sources)
+        prints = _fingerprints(policy, sources, grade)
         progress = run_dir.check_meta(checkpoints.read_meta(step), c, prints, where)
         state, arrays, _ = checkpoints.restore(step, built.abstract_state)
     buffer, selection = Buffer.from_arrays(c.replay, arrays), _selection(c)
@@ -84,7 +96,8 @@ def resume(c: Config, run: RunDir, step: int | None, console: Console) -> dict[s
     console.say(f"Resuming {run.path} after step {step}")
     start = Start(state, buffer, selection, progress)
     folder = sft.starting_policy(c, mesh, console.say) if c.loss.kl_coef else None
-    return _go(c, run, built, policy, sources, start, _reference(c, built, folder, policy), console)
+    reference = _reference(c, built, folder, policy)
+    return _go(c, run, built, policy, sources, prints, grade, start, reference, console)
 
 
 def _go(
@@ -93,18 +106,19 @@ def _go(
     built: Built,
     policy: Policy,
     sources: problems.Problems,
+    prints: dict[str, str],
+    grade: GradeFn,
     start: Start,
     reference: Callable[[list[Group]], list[Group]] | None,
     console: Console,
 ) -> dict[str, Any]:
-    prints = _fingerprints(policy, sources)
     counts = {t.task: (len(t.problems), len(h.problems)) for t, h in zip(sources.train, sources.held_out, strict=True)}
     console.banner(c, sum(x.size for x in jax.tree.leaves(built.abstract_state.params)), jax.devices(), counts)
     clock, journal = Clock(), Journal(run, Loggers(c.loggers, run.path, plain.to_plain(c)), console)
     stream, decode = PromptStream(sources.train, seed=c.seed), policy.tokenizer.decode
     choose = start.selection.choose if start.selection is not None else None
-    collect = Collector(c, built.rollout_sampler(), grade_all, decode, stream, reference, choose, Clock)
-    score = _evaluator(c, built, policy, sources, clock)
+    collect = Collector(c, built.rollout_sampler(), grade, decode, stream, reference, choose, Clock)
+    score = _evaluator(c, built, policy, sources, grade, clock)
     with stop_wish() as wish, _checkpoints(c, run) as checkpoints, console:
 
         def save(state: TrainState, progress: Progress, accuracy: float | None) -> None:
@@ -157,8 +171,9 @@ def _checkpoints(c: Config, run: RunDir) -> Checkpoints:
     return Checkpoints(run.path / "checkpoints", keep_last=c.checkpoint.keep_last, keep_best=c.checkpoint.keep_best)
 
 
-def _fingerprints(policy: Policy, sources: problems.Problems) -> dict[str, str]:
-    return problems.fingerprints(sources) | {"tokenizer": policy.tokenizer.fingerprint(), "code": run_dir.code_version()}
+def _fingerprints(policy: Policy, sources: problems.Problems, grade: GradeFn) -> dict[str, str]:
+    prints = problems.fingerprints(sources, grade)
+    return prints | {"tokenizer": policy.tokenizer.fingerprint(), "code": run_dir.code_version()}
 
 
 def _selection(c: Config) -> Mopps | None:
@@ -166,7 +181,7 @@ def _selection(c: Config) -> Mopps | None:
 
 
 def _evaluator(
-    c: Config, built: Built, policy: Policy, sources: problems.Problems, clock: Clock
+    c: Config, built: Built, policy: Policy, sources: problems.Problems, grade: GradeFn, clock: Clock
 ) -> Callable[[Params, int], dict[str, float]]:
     prompts = evaluate.held_out(sources.held_out, c.eval.problems)
     sampler = built.sampler(samples=c.eval.samples, temperature=c.eval.temperature, top_p=c.eval.top_p)
@@ -175,7 +190,7 @@ def _evaluator(
         jax.block_until_ready(params)
         with clock("eval"):
             return evaluate.accuracy(
-                evaluate.answer(params, prompts, sampler, policy.tokenizer.decode, seed=c.seed, version=step)
+                evaluate.answer(params, prompts, sampler, policy.tokenizer.decode, grade, seed=c.seed, version=step)
             )
 
     return score

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,10 @@ from popo_jax.config import Config
 from popo_jax.data.stream import Source
 from popo_jax.data.tokenizer import Tokenizer
 from popo_jax.tasks import get_task
-from popo_jax.tasks.pool import grade_all
+from popo_jax.tasks.pool import Job
+from popo_jax.types import Verdict
+
+GradeFn = Callable[[Sequence[Job]], list[Verdict]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,20 +42,29 @@ def load(c: Config, tokenizer: Tokenizer) -> Problems:
     return Problems(tuple(train), tuple(held_out))
 
 
-def fingerprints(problems: Problems) -> dict[str, str]:
+def fingerprints(problems: Problems, grade: GradeFn) -> dict[str, str]:
     """Hashes that change with the data, the prompt template, or the reward, each 16 hex digits."""
+    jobs = [job for s, p in _sample(problems) for job in _jobs(s, p)]
+    verdicts = [(v.score, v.correct, v.reason) for v in grade(jobs)]
+    each = len(jobs) // max(len(_sample(problems)), 1)
+    return asked(problems) | {"reward": _digest([verdicts[i : i + each] for i in range(0, len(verdicts), each)])}
+
+
+def asked(problems: Problems) -> dict[str, str]:
+    """The fingerprints that do not grade: of the data and the prompt template."""
     data = [[s.id(p) for p in s.problems] for s in (*problems.train, *problems.held_out)]
-    sample = [(s, p) for s in problems.held_out for p in s.problems[:16]]
-    template = [s.text(p) for s, p in sample]
-    return {"data": _digest(data), "template": _digest(template), "reward": _digest([_verdicts(s, p) for s, p in sample])}
+    return {"data": _digest(data), "template": _digest([s.text(p) for s, p in _sample(problems)])}
 
 
-def _verdicts(source: Source, problem: Mapping[str, Any]) -> list[tuple[float, float, str]]:
-    """What the verifier says of a teacher's right and wrong answers, and of nonsense."""
-    task, rng = get_task(source.task), np.random.default_rng(0)
-    answers = [task.teacher_answer(problem, rng, right=right) for right in (0.0, 1.0)] + ["", "?"]
-    verdicts = grade_all([(source.task, a, source.answer(problem)) for a in answers])
-    return [(v.score, v.correct, v.reason) for v in verdicts]
+def _sample(problems: Problems) -> list[tuple[Source, Mapping[str, Any]]]:
+    return [(s, p) for s in problems.held_out for p in s.problems[:16]]
+
+
+def _jobs(source: Source, problem: Mapping[str, Any]) -> list[Job]:
+    """A teacher's right and wrong answer, if the task has a teacher, and nonsense."""
+    teacher, rng = getattr(get_task(source.task), "teacher_answer", None), np.random.default_rng(0)
+    answers = [teacher(problem, rng, right=right) if teacher else "" for right in (0.0, 1.0)] + ["", "?"]
+    return [(source.task, a, source.answer(problem)) for a in answers]
 
 
 def _digest(data: Sequence[object]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 from popo_jax import plain
-from popo_jax.config import MODEL_HOW, TASK_NAMES, Config, ModelConfig
+from popo_jax.config import MODEL_HOW, TASK_NAMES, UNBOUNDED, Config, ModelConfig, TaskConfig
 from popo_jax.types import UserError
 
 
@@ -62,8 +63,29 @@ def unread(c: Config) -> dict[str, str]:
         for name in TASK_NAMES:
             if task.name != name:
                 keys[f"tasks.{i}.{name}"] = f"task {i} is {task.name}"
+            elif name == "math":
+                keys |= {f"tasks.{i}.math.{k}": why for k, why in _unread_math(task).items()}
             elif task.train_file and task.eval_file:
                 keys[f"tasks.{i}.{name}"] = "both files are given"
+    if not any(t.verifier or t.name in UNBOUNDED for t in c.tasks):
+        keys["verifier"] = "no task is graded in worker processes"
+    return keys
+
+
+def _unread_math(task: TaskConfig) -> dict[str, str]:
+    m = task.math
+    keys: dict[str, str] = {}
+    given = task.train_file is not None or m.dataset is not None
+    if given:
+        keys |= dict.fromkeys(("train_problems", "steps", "high"), "problems are given, not generated")
+        if task.eval_file is not None or (m.dataset is not None and m.eval_split is not None):
+            keys |= dict.fromkeys(("eval_problems", "seed"), "held-out problems are given")
+    else:
+        keys |= dict.fromkeys(("problem_column", "answer_column"), "problems are generated")
+    if m.dataset is None:
+        keys |= dict.fromkeys(("dataset_name", "train_split", "eval_split"), "no dataset is given")
+    elif task.train_file is not None:
+        keys["train_split"] = "train_file is given"
     return keys
 
 
@@ -72,6 +94,7 @@ def why_unread(key: str, unread_keys: Mapping[str, str]) -> str | None:
     return next((why for k, why in unread_keys.items() if key == k or key.startswith(k + ".")), None)
 
 
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "be at least 1",
@@ -81,7 +104,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "algorithm.max_rounds algorithm.dead_steps replay.min_age replay.max_uses replay.candidates mesh.data mesh.fsdp "
         "mesh.tensor model.vocab_size model.layers model.width model.heads model.kv_heads model.mlp model.max_positions "
         "model.window model.rope_scaling.original_positions model.lora.rank warm_start.steps "
-        "warm_start.batch selection.candidates",
+        "warm_start.batch selection.candidates verifier.workers",
     ),
     (
         "be at least 0",
@@ -95,7 +118,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "sample.temperature weight.cap replay.half_life optim.learning_rate optim.grad_clip optim.eps loss.clip_high "
         "warm_start.learning_rate model.rope_theta model.rms_eps selection.prior model.rope_scaling.factor "
         "model.rope_scaling.beta_fast model.rope_scaling.beta_slow model.rope_scaling.low_freq_factor "
-        "model.rope_scaling.high_freq_factor model.lora.alpha model.rope_scaling.attention_factor",
+        "model.rope_scaling.high_freq_factor model.lora.alpha model.rope_scaling.attention_factor "
+        "verifier.seconds verifier.memory_gb",
     ),
     ("be above 1, or null for off", lambda v: v > 1, "loss.dual_clip"),
     ("lie in (0, 1)", lambda v: 0 < v < 1, "loss.clip_low optim.b1 optim.b2"),
@@ -118,7 +142,27 @@ def _broken_rules(c: Config) -> Iterator[str]:
     for i, t in enumerate(c.tasks):
         if not (math.isfinite(t.weight) and t.weight > 0):
             yield f"tasks.{i}.weight must be above 0, got {t.weight}"
+        if t.verifier is not None and not _FUNCTION.fullmatch(t.verifier):
+            yield f"tasks.{i}.verifier must name a function as module:function, got {t.verifier!r}"
+        if t.name == "math":
+            yield from (f"tasks.{i}.{sentence}" for sentence in _broken_math(t))
     yield from _broken_relations(c)
+
+
+def _broken_math(t: TaskConfig) -> Iterator[str]:
+    m = t.math
+    for key, low, high in (
+        ("train_problems", 1, None),
+        ("eval_problems", 1, None),
+        ("seed", 0, None),
+        ("steps", 1, 3),
+        ("high", 2, 99),
+    ):
+        v = getattr(m, key)
+        if v < low or (high is not None and v > high):
+            yield f"math.{key} must {f'be at least {low}' if high is None else f'lie between {low} and {high}'}, got {v}"
+    if t.eval_file is not None and t.train_file is None and m.dataset is None:
+        yield f"train_file or math.dataset must be given beside eval_file, got neither beside {t.eval_file}"
 
 
 def _broken_relations(c: Config) -> Iterator[str]:

@@ -75,8 +75,9 @@ def fresh_policy(c: Config) -> Policy:
 
 def cache_key(c: Config, fresh: Policy) -> str:
     """Hash of model, tokenizer, tasks, limits and warm-start settings (its seed among them)."""
-    tasks = [{k: v for k, v in plain.to_plain(t).items() if k == t.name or k not in TASK_NAMES} for t in c.tasks]
-    prints = problems.fingerprints(problems.load(c, fresh.tokenizer))
+    others = {*TASK_NAMES, "verifier"}
+    tasks = [{k: v for k, v in plain.to_plain(t).items() if k == t.name or k not in others} for t in c.tasks]
+    prints = problems.asked(problems.load(c, fresh.tokenizer))
     parts: Sequence[Any] = (plain.to_plain(lora.without(c.model)), tasks, plain.to_plain(c.warm_start), c.row_tokens)
     identity = [FORMAT, fresh.tokenizer.fingerprint(), prints, *parts]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

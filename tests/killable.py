@@ -5,6 +5,7 @@ python -m tests.killable POINT STEP ARGS...   (POINT: never, mid-step, mid-save,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -23,6 +24,11 @@ def luck(jobs: Any) -> list[Verdict]:
         right = float(zlib.crc32(f"{fields}{text}".encode()) % 3 == 0 and zlib.crc32(str(fields).encode()) % 3 != 0)
         out.append(Verdict(right, right, "luck"))
     return out
+
+
+def lucky(c: Any) -> contextlib.AbstractContextManager[Any]:
+    """In place of a run's graders."""
+    return contextlib.nullcontext(luck)
 
 
 def die() -> None:
@@ -57,6 +63,6 @@ def arm(point: str, step: int) -> None:
 
 
 if __name__ == "__main__":
-    launch.grade_all = luck  # type: ignore[assignment]
+    launch.Graders = lucky  # type: ignore[assignment]
     arm(sys.argv[1], int(sys.argv[2]))
     sys.exit(cli.main(sys.argv[3:]))

@@ -17,7 +17,7 @@ from popo_jax.config import PRESETS, from_dict, without_preset
 from popo_jax.rules import resolve
 from popo_jax.types import UserError
 from tests import tiny
-from tests.killable import luck
+from tests.killable import lucky
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_value_of_the_wrong_type(config, capsys):
         ("algorithm: {name: [1]}", "algorithm must be one of"),
         ("stepz: 3", "unknown key stepz (did you mean steps?)"),
         ("loss: {clip_low: high}", "loss.clip_low must be a number, got 'high'"),
-        ("tasks: [{name: chess}]", "tasks.0.name must be one of countdown, arithmetic, got 'chess'"),
+        ("tasks: [{name: chess}]", "tasks.0.name must be one of countdown, arithmetic, math, got 'chess'"),
     ],
 )
 def test_bad_config_files(tmp_path, capsys, text, says):
@@ -150,7 +150,7 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     (folder / "c.yaml").write_text(yaml.safe_dump(tiny.BASE))
     patch = pytest.MonkeyPatch()
-    patch.setattr(launch, "grade_all", luck)
+    patch.setattr(launch, "Graders", lucky)
     assert cli.main(["train", str(folder / "c.yaml"), "--run-dir", str(folder / "run")]) == 0
     patch.undo()
     return folder / "run"
@@ -169,7 +169,7 @@ def test_a_run_leaves_what_it_promises(run):
 
 
 def test_without_a_run_dir_runs_are_numbered(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "grade_all", luck)
+    monkeypatch.setattr(launch, "Graders", lucky)
     monkeypatch.chdir(tmp_path)
     for name in ("countdown-popo-s0", "countdown-popo-s0-2"):
         assert cli.main(["train", "c.yaml", "--steps", "2"]) == 0
@@ -178,7 +178,7 @@ def test_without_a_run_dir_runs_are_numbered(config, tmp_path, monkeypatch):
 
 
 def test_its_config_repeats_the_run(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "grade_all", luck)
+    monkeypatch.setattr(launch, "Graders", lucky)
     assert cli.main(["train", str(run / "config.yaml"), "--run-dir", str(tmp_path / "again")]) == 0
     rows = [[json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, tmp_path / "again")]
     timeless = [[{k: v for k, v in row.items() if not k.startswith(("time/", "cpu/"))} for row in part] for part in rows]
@@ -303,7 +303,7 @@ def test_end_tokens_that_are_no_ids_are_refused(run, tmp_path, capsys, eos):
 
 
 def test_a_stop_before_the_first_step_can_be_resumed(config, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "grade_all", luck)
+    monkeypatch.setattr(launch, "Graders", lucky)
     real = launch.evaluate.accuracy
 
     def stop(answers):
@@ -320,13 +320,13 @@ def test_a_stop_before_the_first_step_can_be_resumed(config, run, tmp_path, monk
 
 
 def test_candidates_need_not_be_a_multiple_of_the_micro_batch(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "grade_all", luck)
+    monkeypatch.setattr(launch, "Graders", lucky)
     args = ["--algorithm", "popo-kl", "--replay.candidates", "7", "--batch.micro-batch", "8"]
     assert cli.main(["train", str(config), "--run-dir", str(tmp_path / "run"), *args]) == 0
 
 
 def test_a_checkpoint_cut_short_is_refused_and_the_one_before_offered(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(launch, "grade_all", luck)
+    monkeypatch.setattr(launch, "Graders", lucky)
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     replay = copy / "checkpoints" / "4" / "replay" / "replay.npz"
@@ -343,7 +343,7 @@ def test_a_checkpoint_cut_short_is_refused_and_the_one_before_offered(run, tmp_p
 
 
 def test_more_steps_can_be_asked_of_a_finished_run(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "grade_all", luck)
+    monkeypatch.setattr(launch, "Graders", lucky)
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     assert cli.main(["train", "--resume", str(copy), "--steps", "5"]) == 0

@@ -13,7 +13,7 @@ import yaml
 
 from popo_jax import cli, launch
 from tests import tiny
-from tests.killable import luck
+from tests.killable import lucky
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def rows(run: Path) -> list[dict]:
 
 def test_four_devices_train_as_one(config, warm, four, tmp_path, monkeypatch):
     one = tmp_path / "one"
-    monkeypatch.setattr(launch, "grade_all", luck)
+    monkeypatch.setattr(launch, "Graders", lucky)
     assert cli.main(["train", str(config), "--policy.path", str(warm), "--run-dir", str(one)]) == 0
     assert len(rows(four)) == len(rows(one)) == 4
     assert sum(row.get("replay/filled") or 0 for row in rows(one)) > 0 and rows(one)[-1]["grad_norm"] > 0.01
@@ -59,7 +59,7 @@ def test_four_devices_train_as_one(config, warm, four, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_four_devices_goes_on_on_one(four, monkeypatch):
-    monkeypatch.setattr(launch, "grade_all", luck)
+    monkeypatch.setattr(launch, "Graders", lucky)
     args = ["--mesh.data", "1", "--mesh.tensor", "1", "--steps", "4"]
     assert cli.main(["train", "--resume", str(four), *args]) == 0
     assert [r["step"] for r in rows(four)] == [0, 1, 2, 3, 4]

@@ -42,7 +42,7 @@ def compare(run: Path, n: int) -> tuple[int, int, int]:
     r = restore.restore(run, None)
     prompts = evaluate.held_out(problems.load(r.c, r.policy.tokenizer).held_out, n)
     greedy = r.built.sampler(samples=1, temperature=0.0)
-    ours = evaluate.answer(r.state.params, prompts, greedy, r.policy.tokenizer.decode, seed=0, version=r.step)
+    ours = evaluate.answer(r.state.params, prompts, greedy, r.policy.tokenizer.decode, grade_all, seed=0, version=r.step)
     with tempfile.TemporaryDirectory() as folder:
         export.export(run, Path(folder) / "out", None)
         texts = transformers_greedy(Path(folder) / "out", prompts, r.c.sample.max_response_tokens)
@@ -61,7 +61,7 @@ def test_an_exported_policy_answers_the_same_in_transformers(tmp_path):
     policies.save(tmp_path / "out", Policy(built.model.c, tiny.TOKENIZER), params)
     prompts = evaluate.held_out(problems.load(c, tiny.TOKENIZER).held_out, 16)
     greedy = built.sampler(samples=1, temperature=0.0)
-    ours = evaluate.answer(params, prompts, greedy, tiny.TOKENIZER.decode, seed=0, version=0)
+    ours = evaluate.answer(params, prompts, greedy, tiny.TOKENIZER.decode, grade_all, seed=0, version=0)
     assert len(set(ours.texts)) > 8
     assert transformers_greedy(tmp_path / "out", prompts, 8) == list(ours.texts)
 

@@ -18,7 +18,7 @@ import yaml
 from popo_jax import cli, launch, restore
 from popo_jax.runtime.checkpoints import Checkpoints
 from tests import tiny
-from tests.killable import luck
+from tests.killable import lucky
 
 STEPS, EVERY = 8, 2
 
@@ -40,7 +40,7 @@ def config(tmp_path_factory, request) -> Path:
 
 
 def train_here(monkeypatch, *args: str) -> None:
-    monkeypatch.setattr(launch, "grade_all", luck)
+    monkeypatch.setattr(launch, "Graders", lucky)
     assert cli.main(["train", *args]) == 0
 
 

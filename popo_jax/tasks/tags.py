@@ -1,4 +1,4 @@
-"""Where the answer stands in a response: alone, or between <answer> tags."""
+"""Where the answer stands in a response: alone, between <answer> tags, or after the model's thinking."""
 
 from __future__ import annotations
 
@@ -15,3 +15,17 @@ def answer_text(response: str) -> str:
     elif opening in response:
         return ""
     return response.strip(" \t\r\n") if len(response) <= MAX_PADDED else response
+
+
+def split_thinking(response: str) -> tuple[str, str | None]:
+    """(thinking, answer): the answer is what follows the last </think>, all of it if there is no tag.
+
+    None if a <think> stays open: the model has not come to an answer.
+    """
+    opening, closing = "<think>", "</think>"
+    end = response.rfind(closing)
+    if response.rfind(opening) > end:
+        return response, None
+    if end < 0:
+        return "", response
+    return response[:end].lstrip().removeprefix(opening), response[end + len(closing) :]

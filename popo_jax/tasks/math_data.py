@@ -1,0 +1,158 @@
+"""Mathematics problems from files and hub data sets: which column is what, the answer inside a solution, what is held out.
+
+Known shapes: (problem, answer) as in DeepScaleR, (problem, solution) as in MATH and NuminaMath, (question, answer) as in GSM8K.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from popo_jax.config import MathConfig, TaskConfig
+from popo_jax.tasks import files
+from popo_jax.tasks.files import Row, Split
+from popo_jax.types import UserError
+
+SHAPES = (("problem", "answer"), ("problem", "solution"), ("question", "answer"), ("question", "solution"))
+_PLAIN = re.compile(r"-?[0-9]+(\.[0-9]+)?(/[0-9]+)?|-?\\d?frac\{[0-9]+\}\{[0-9]+\}|-?[0-9]{1,3}(,[0-9]{3})+")
+"""Answers that math-verify is known to parse."""
+_DELIMITED = re.compile(r"\$|\\boxed|\\\(|\\\[")
+_read: set[str] = set()
+"""Answers found readable, in this process."""
+
+
+def read(config: TaskConfig, problem_id: Callable[[Mapping[str, Any]], str]) -> Split | None:
+    """Training and held-out problems with `problem` and `answer`, or None if the config names no source.
+
+    With one source, `math.eval_problems` are held out, those whose seeded hash of the id is lowest; a problem that occurs
+    twice is on one side. Errors: UserError, also if two sources share problems.
+    """
+    c = config.math
+    train = _source(config.train_file, c, c.train_split)
+    held_out = _source(config.eval_file, c, c.eval_split)
+    if train is None:
+        return None
+    name, table = train
+    problems = _problems(name, table, c, checked=config.verifier is None)
+    if held_out is None:
+        return _cut(name, problems, c, problem_id)
+    name_, table = held_out
+    others = _problems(name_, table, c, checked=config.verifier is None)
+    known = {problem_id(p) for p in problems}
+    shared = sum(problem_id(p) in known for p in others)
+    if shared:
+        raise UserError(f"{name_} must hold no problem of {name}, got {shared} of {len(others)} in both")
+    return problems, others
+
+
+def _cut(name: str, problems: list[Row], c: MathConfig, problem_id: Callable[[Row], str]) -> Split:
+    ids = [problem_id(p) for p in problems]
+    order = sorted(set(ids), key=lambda i: hashlib.sha256(f"{c.seed}:{i}".encode()).digest())
+    if len(order) <= c.eval_problems:
+        raise UserError(f"math.eval_problems must leave a problem of {name} to train on, got {c.eval_problems} of {len(order)}")
+    chosen = set(order[: c.eval_problems])
+    first = dict(reversed([(i, p) for i, p in zip(ids, problems, strict=True) if i in chosen]))
+    return [p for i, p in zip(ids, problems, strict=True) if i not in chosen], [first[i] for i in order[: c.eval_problems]]
+
+
+def _source(file: str | None, c: MathConfig, split: str | None) -> tuple[str, Iterable[tuple[str, Row]]] | None:
+    """(its name, its rows each with its place); the file wins over the data set."""
+    if file is not None:
+        return file, [(files.place(file, n), row) for n, row in files.read_rows(file, ())]
+    if c.dataset is None or split is None:
+        return None
+    name = f"data set {c.dataset}{f'/{c.dataset_name}' if c.dataset_name else ''} ({split})"
+    try:
+        import datasets
+    except ImportError as e:
+        raise UserError(f"math.dataset needs the datasets library, got none: pip install 'popo-jax[data]' ({e})") from e
+    try:
+        rows = list(datasets.load_dataset(c.dataset, c.dataset_name, split=split))
+    except Exception as e:  # its errors have no common kind: no network, no such set, no such split, a gated one
+        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{name} must be there to load, got {type(e).__name__}: {first}") from e
+    if not rows:
+        raise UserError(f"{name} must hold at least one problem, found none")
+    return name, [(f"{name}, row {n}", row) for n, row in enumerate(rows, 1)]
+
+
+def _problems(name: str, table: Iterable[tuple[str, Row]], c: MathConfig, *, checked: bool) -> list[Row]:
+    table = list(table)
+    question, answer = _columns(name, list(table[0][1]), c)
+    problems = []
+    for place, row in table:
+        for column in (question, answer):
+            if row.get(column) is None:
+                raise UserError(f"{place}: column {column} is missing or empty, found {files.shown(list(row))}")
+        files.need(
+            isinstance(row[question], str) and bool(row[question].strip()), f"{place}: {question}", "a text", row[question]
+        )
+        problems.append({"problem": row[question].strip(), "answer": answer_of(row[answer], place, answer)})
+    if checked:
+        _refuse_unreadable([(place, p["answer"]) for (place, _), p in zip(table, problems, strict=True)])
+    return problems
+
+
+def _columns(name: str, found: list[str], c: MathConfig) -> tuple[str, str]:
+    fitting = [(q, a) for q, a in ((c.problem_column or q, c.answer_column or a) for q, a in SHAPES) if q in found and a in found]
+    if not fitting:
+        known = ", ".join(dict.fromkeys(f"{c.problem_column or q} and {c.answer_column or a}" for q, a in SHAPES))
+        raise UserError(
+            f"{name} must have columns {known} (or those of math.problem_column, math.answer_column), found {', '.join(found)}"
+        )
+    return fitting[0]
+
+
+def answer_of(value: object, place: str, column: str) -> str:
+    """The final answer: after "####", inside the last \\boxed{}, else the whole text. Errors: UserError.
+
+    A column named `solution` must have one of the two.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    files.need(isinstance(value, str), f"{place}: {column}", "text or a number", value)
+    text = str(value)
+    _, mark, after = text.rpartition("####")
+    boxed = last_boxed(text)
+    if not mark and boxed is None and column == "solution":
+        raise UserError(f"{place}: {column} must have its answer in \\boxed{{}}, got {files.shown(text[-60:])}")
+    answer = (after if mark else text if boxed is None else boxed).strip()
+    files.need(bool(answer), f"{place}: {column}", "an answer that is not blank", value)
+    return answer
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{...} (or \\fbox), brackets matched; None if there is none or it stays open."""
+    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
+    depth = 0
+    for i in range(text.find("{", start), len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[text.find("{", start) + 1 : i]
+    return None
+
+
+def delimited(answer: str) -> str:
+    """As math-verify reads it: a formula needs a box or dollars around it, a number does not."""
+    number = _PLAIN.fullmatch(answer) and "\\" not in answer
+    return answer if number or _DELIMITED.search(answer) else f"\\boxed{{{answer}}}"
+
+
+def _refuse_unreadable(answers: list[tuple[str, str]]) -> None:
+    """Numbers and simple fractions pass at once, others are parsed in a pool's workers, each text once a process.
+
+    Errors: UserError for the first that math-verify cannot parse.
+    """
+    from popo_jax.tasks.pool import Pool  # which knows the tasks, this one among them
+
+    open_ = list({a: None for _, a in answers if not _PLAIN.fullmatch(a) and a not in _read})
+    if not open_:
+        return
+    with Pool({"math": "popo_jax.tasks.mathematics:parses"}) as pool:
+        verdicts = pool([("math", delimited(a), {}) for a in open_])
+    _read.update(a for a, v in zip(open_, verdicts, strict=True) if v.correct == 1)
+    for place, answer in answers:
+        if answer in open_ and answer not in _read:
+            raise UserError(f"{place}: the answer must be one that math-verify parses, got {files.shown(answer)}")
