@@ -219,7 +219,8 @@ def test_export_eval_and_inspect(run, tmp_path, capsys):
         (["--replay.capacity", "3"], "replay.capacity 16, which must not be lowered, got 3"),
     ],
 )
-def test_a_checkpoint_of_other_settings_is_refused(run, capsys, override, says):
+def test_a_checkpoint_of_other_settings_is_refused(run, capsys, monkeypatch, override, says):
+    monkeypatch.setattr(launch, "Graders", lucky)
     before = (run / "metrics.jsonl").read_bytes()
     assert says in refused(capsys, "train", "--resume", run, *override)
     assert (run / "metrics.jsonl").read_bytes() == before
@@ -283,7 +284,8 @@ def test_a_checkpoint_whose_meta_lacks_parts_is_refused(run, tmp_path, capsys, m
 @pytest.mark.parametrize(
     ("rows", "says"), [('{"a": 1}\n{"step": 9}\n', "line 1 must be a JSON row"), ("", "must hold the rows 0 to 4")]
 )
-def test_metrics_that_do_not_go_with_the_checkpoint_are_refused_and_kept(run, tmp_path, capsys, rows, says):
+def test_metrics_that_do_not_go_with_the_checkpoint_are_refused_and_kept(run, tmp_path, capsys, monkeypatch, rows, says):
+    monkeypatch.setattr(launch, "Graders", lucky)
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     (copy / "metrics.jsonl").write_text(rows)
@@ -348,3 +350,20 @@ def test_more_steps_can_be_asked_of_a_finished_run(run, tmp_path, monkeypatch):
     shutil.copytree(run, copy)
     assert cli.main(["train", "--resume", str(copy), "--steps", "5"]) == 0
     assert json.loads((copy / "summary.json").read_text())["step"] == 5
+
+
+def test_a_run_on_word_problems_from_the_command_line(tmp_path, capsys):
+    """Warm start, training, evaluation in the run, resumption and `popo eval`, all graded by worker processes."""
+    task = {"name": "math", "math": {"train_problems": 64, "eval_problems": 16, "steps": 1, "high": 9, "instruction": ""}}
+    c = {**tiny.BASE, "algorithm": "grpo", "tasks": [task], "sample": {"max_prompt_tokens": 64, "max_response_tokens": 12}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(c))
+    assert cli.main(["train", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / "run"), "--steps", "2"]) == 0
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--steps", "4"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4] and "eval/math/accuracy" in rows[-1]
+    assert cli.main(["eval", str(tmp_path / "run"), "--problems", "4", "--k", "2"]) == 0
+    assert "greedy verdicts:" in capsys.readouterr().out
+    mine = ["--tasks.0.verifier", "no_such_module:grade", "--run-dir", str(tmp_path / "other")]
+    assert "the verifier of task math (no_such_module:grade) cannot be imported" in refused(
+        capsys, "train", tmp_path / "c.yaml", *mine
+    )

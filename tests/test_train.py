@@ -14,6 +14,7 @@ import pytest
 from popo_jax import train
 from popo_jax.rl.rollout import reference_scorer
 from popo_jax.rl.state import Batch
+from popo_jax.tasks.graders import Graders
 from popo_jax.types import UserError, Verdict
 from tests import tiny
 
@@ -401,3 +402,48 @@ def test_mopps_takes_the_prompts_it_knows_to_be_mixed(tmp_path):
     out = rows(tmp_path)
     assert out[0]["selection/seen"] < 1 and out[-1]["selection/seen"] == 1 and out[-1]["selection/error"] < 0.2
     assert out[-1]["rollouts_total"] == 12 * 4 * c.batch.group_size
+
+
+WORDS = {
+    "tasks": [{"name": "math", "math": {"train_problems": 64, "eval_problems": 16, "steps": 1, "high": 9, "instruction": ""}}],
+    "sample__max_prompt_tokens": 64,
+    "verifier__workers": 2,
+}
+
+
+def test_mathematics_is_graded_by_workers_in_the_real_loop(tmp_path):
+    """From the thread that collects the next step beside the update; the policy's nonsense has verdicts with reasons."""
+    c = tiny.config(steps=3, algorithm__name="grpo", **WORDS)
+    with Graders(c) as grade:
+        _, seen, _ = go(tmp_path, c, grade)
+    assert len(seen) == 3 and [r["step"] for r in rows(tmp_path)] == [1, 2, 3]
+    table = pq.read_table(tmp_path / "samples" / "000003.parquet").to_pydict()
+    assert len(table["reason"]) == 16 and set(table["reason"]) <= {"right", "wrong", "no answer"}
+    assert rows(tmp_path)[-1]["groups/invalid"] == 0
+
+
+def test_a_verifier_that_hangs_and_one_that_ends_cost_their_own_samples_only(tmp_path, monkeypatch):
+    """By the text's length: a third hangs, a third ends the worker, the rest is right or wrong. No row is lost, none is NaN."""
+    (tmp_path / "hostile.py").write_text(
+        "import os\n"
+        "def grade(text, *, nums, target):\n"
+        "    kind = sum(map(ord, text)) % 8\n"
+        "    if kind == 0:\n"
+        "        while True: pass\n"
+        "    if kind == 1:\n"
+        "        os._exit(1)\n"
+        "    return kind % 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    task = {"verifier": "hostile:grade", "countdown": {"train_problems": 64, "eval_problems": 16}}
+    c = tiny.config(steps=2, tasks=[task], verifier__workers=2, verifier__seconds=0.4)
+    with Graders(c) as grade:
+        go(tmp_path / "run", c, grade)
+    for step in ("000001", "000002"):
+        table = pq.read_table(tmp_path / "run" / "samples" / f"{step}.parquet").to_pydict()
+        kinds = [sum(map(ord, t)) % 8 for t in table["text"]]
+        told = {0: "timeout", 1: "worker exited (code 1)"}
+        assert table["reason"] == [told.get(k, "right" if k % 2 else "wrong") for k in kinds]
+        assert table["score"] == [float(k % 2) if k > 1 else 0.0 for k in kinds]
+        assert len(set(kinds)) > 3
+    assert rows(tmp_path / "run")[-1]["groups/invalid"] == 0

@@ -86,10 +86,9 @@ def _problems(name: str, table: Iterable[tuple[str, Row]], c: MathConfig, *, che
         for column in (question, answer):
             if row.get(column) is None:
                 raise UserError(f"{place}: column {column} is missing or empty, found {files.shown(list(row))}")
-        files.need(
-            isinstance(row[question], str) and bool(row[question].strip()), f"{place}: {question}", "a text", row[question]
-        )
-        problems.append({"problem": row[question].strip(), "answer": answer_of(row[answer], place, answer)})
+        text = row[question]
+        files.need(isinstance(text, str) and bool(text.strip()), f"{place}: {question}", "a text that is not blank", text)
+        problems.append({"problem": text.strip(), "answer": answer_of(row[answer], place, answer)})
     if checked:
         _refuse_unreadable([(place, p["answer"]) for (place, _), p in zip(table, problems, strict=True)])
     return problems

@@ -20,21 +20,25 @@ GAINS, LOSSES = ("gets", "buys", "finds"), ("loses", "sells", "eats")
 MAX_STEPS, MAX_NUMBER = 3, 99
 """So that a problem has at most 64 characters and its answer is below ten thousand."""
 MAX_BAGS = 5
+ROUNDS = 64
+"""Times as many problems are drawn as wanted, before there are too few of them."""
 
 
 def generate(c: MathConfig) -> Split:
     """`train_problems` and `eval_problems` of `c.steps` steps and numbers up to `c.high`. Errors: UserError for too few."""
     rng = np.random.default_rng([c.seed, c.steps, c.high])
     held_out: dict[str, Row] = {}
-    for _ in range(64):
+    for _ in range(ROUNDS):
         for row in _drawn(c, rng, c.eval_problems):
             if len(held_out) < c.eval_problems:
                 held_out.setdefault(row["expression"], row)
     train: list[Row] = []
-    for _ in range(64):
+    for i in range(ROUNDS):
         train += [p for p in _drawn(c, rng, c.train_problems) if p["expression"] not in held_out]
-        if len(train) >= c.train_problems:
+        if len(train) >= c.train_problems and len(held_out) == c.eval_problems:
             return train[: c.train_problems], list(held_out.values())
+        if i == 0 and len(train) < c.train_problems / ROUNDS:
+            break
     space = f"{len(held_out)} expressions of {c.steps} steps with numbers up to {c.high}"
     raise UserError(f"math.eval_problems must leave problems to train on, got {c.eval_problems} of {space}")
 
@@ -64,7 +68,7 @@ def _step(choice: int, number: int, value: int, high: int) -> tuple[str, str, in
     """(words, sign and number, value after it): never below zero."""
     kind, word = choice % 7, choice // 7 % 3
     if kind == 6:
-        return "doubles them", "*2", 2 * value
+        return "doubles", "*2", 2 * value
     if kind < 3 or value == 0:
         n = 1 + number % high
         return f"{GAINS[word]} {n}", f"+{n}", value + n
