@@ -43,7 +43,21 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"build", "data", "replay", "runtime", "run_dir", "journal", "evaluate", *TRAINING},
     "launch": WIRING | {"replay", "journal", "evaluate", "sft", "train"},
 }
-NO_JAX = ["types", "plain", "config", "rules", "cli", "tasks", "tasks.pool", "tasks.countdown", "replay.buffer", "replay.fill"]
+NO_JAX = [
+    "types",
+    "plain",
+    "config",
+    "rules",
+    "cli",
+    "tasks",
+    "tasks.pool",
+    "tasks.worker",
+    "tasks.graders",
+    "tasks.mathematics",
+    "tasks.countdown",
+    "replay.buffer",
+    "replay.fill",
+]
 
 
 def files() -> list[Path]:

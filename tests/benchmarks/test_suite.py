@@ -248,7 +248,8 @@ CASES = {
     "train_step": ["train_step", "train_step/forward"],
     "sampler": [f"sampler/{x}" for x in ("prefill", "decode", "whole", "equal", "uniform")],
     "replay": ["replay/fill", "replay/assemble", "replay/store"],
-    "verifiers": [f"verifiers/{task}{kind}" for task in ("countdown", "arithmetic") for kind in ("", "_hostile")],
+    "verifiers": [f"verifiers/{task}{kind}" for task in ("countdown", "arithmetic", "math") for kind in ("", "_hostile")]
+    + ["verifiers/math_worked"],
     "checkpoint": ["checkpoint/save", "checkpoint/restore"],
     "loop": ["loop/grpo", "loop/popo"],
 }

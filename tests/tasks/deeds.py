@@ -88,7 +88,7 @@ def deed(response: str, **fields: Any) -> Any:
         case "segfault":
             ctypes.string_at(0)
         case "child":
-            subprocess.Popen(["sleep", "60"])
+            Path(rest or os.devnull).write_text(str(subprocess.Popen(["sleep", "60"]).pid))
             forever()
         case "raise":
             raise ValueError(rest)
