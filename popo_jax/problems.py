@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from popo_jax.config import Config
+from popo_jax.config import Config, TaskConfig
 from popo_jax.data.stream import Source
 from popo_jax.data.tokenizer import Tokenizer
 from popo_jax.tasks import get_task
@@ -33,13 +33,18 @@ def load(c: Config, tokenizer: Tokenizer) -> Problems:
     for i, config in enumerate(c.tasks):
         task = get_task(config.name)
         for problems, out, file in zip(task.load(config), (train, held_out), ("train_file", "eval_file"), strict=True):
-            where = getattr(config, file) or f"tasks.{i} ({config.name}, generated)"
+            where = getattr(config, file) or _origin(config) or f"tasks.{i} ({config.name}, generated)"
             source = Source(
                 config.name, config.weight, problems, task.prompt_text, task.problem_id, task.answer_fields, tokenizer
             )
             source.check(c.sample.max_prompt_tokens, where)
             out.append(source)
     return Problems(tuple(train), tuple(held_out))
+
+
+def _origin(config: TaskConfig) -> str | None:
+    """Where both sides come from, if one source is divided between them."""
+    return (config.train_file or config.math.dataset) if config.name == "math" else None
 
 
 def fingerprints(problems: Problems, grade: GradeFn) -> dict[str, str]:
