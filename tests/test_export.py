@@ -17,7 +17,7 @@ from popo_jax.models import lora
 from popo_jax.policy import Policy
 from popo_jax.tasks.pool import grade_all
 from tests import tiny
-from tests.killable import luck
+from tests.killable import lucky
 
 
 def transformers_greedy(folder: Path, prompts: list, limit: int) -> list[str]:
@@ -71,7 +71,7 @@ def test_a_lora_run_is_exported_merged_and_as_an_adapter(tmp_path, monkeypatch):
     theirs, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(launch, "grade_all", luck)
+    monkeypatch.setattr(launch, "Graders", lucky)
     data = tiny.BASE | {"steps": 3, "policy": {"path": str(tmp_path / "base")}, "run_dir": str(tmp_path / "run")}
     data["model"] = {"lora": {"rank": 2}}
     shape = tiny.built(tiny.config())
