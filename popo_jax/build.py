@@ -91,7 +91,7 @@ def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mes
         raise UserError(
             f"mesh: data x fsdp ({shards}) must divide the rows of a batch ({c.slots} groups x batch.group_size), got {c.rows}"
         )
-    model = Decoder(resolve_linear(model_config, mesh.devices.flat[0].platform))
+    model = Decoder(resolve_linear(model_config, mesh.devices.flat[0].platform), row_shards=shards)
     tx = make_tx(c.optim)
     abstract = abstract_state(model, tx, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract)

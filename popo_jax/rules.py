@@ -103,7 +103,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "sample.chunk sample.top_k eval.every eval.problems eval.samples checkpoint.every checkpoint.keep_last "
         "algorithm.max_rounds algorithm.dead_steps replay.min_age replay.max_uses replay.candidates mesh.data mesh.fsdp "
         "mesh.tensor model.vocab_size model.layers model.width model.heads model.kv_heads model.mlp model.max_positions "
-        "model.window model.rope_scaling.original_positions model.lora.rank warm_start.steps "
+        "model.window model.rope_scaling.original_positions model.lora.rank model.head_chunk warm_start.steps "
         "warm_start.batch selection.candidates verifier.workers",
     ),
     (

@@ -112,6 +112,11 @@ assert split["layers"]["attn"]["q"]["kernel"].addressable_shards[0].data.shape =
 together = step(split, place(tokens, BATCH))
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=2e-5), alone, together)
 weights = jax.jit(model.for_decode)(split)
+chunked = Decoder(dataclasses.replace(model.c, head_chunk=3), row_shards=4)
+for policy in (model, chunked):
+    score = jax.jit(jax.value_and_grad(lambda p, t: sum(x.mean() for x in policy.logprobs(p, t, temperature=0.7))))
+    alone, together = score(params, tokens), score(split, place(tokens, BATCH))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=2e-5), alone, together)
 start = jnp.zeros(8, jnp.int32)
 logits, cache = jax.jit(model.prefill, static_argnums=3)(weights, place(tokens[:, :8], BATCH), start, 10)
 logits, cache = jax.jit(model.decode)(weights, cache, tokens[:, 8], jnp.int32(8), start)

@@ -22,6 +22,16 @@ TOKENIZER = characters()
 
 
 @dataclass(frozen=True)
+class Head:
+    """What the case of the head alone is made of: its memory is compiled for, and its time taken of, [rows, length] tokens."""
+
+    vocab: int = 151936
+    width: int = 896
+    kept: tuple[int, int] = (2, 8192)
+    timed: tuple[int, int] = (4, 256)
+
+
+@dataclass(frozen=True)
 class Size:
     """Shapes, and how hard the machine is tried beside them."""
 
@@ -37,6 +47,8 @@ class Size:
     """Bytes of the array whose copy is the machine's bandwidth."""
     seconds: float = 4.0
     """Of rounds for each case, beyond the least number of them."""
+    head: Head | None = None
+    """None: the head is too small for a case."""
     on_cpu: bool = False
     """Measured by default where there is only a CPU; the others where there is an accelerator."""
 
@@ -52,7 +64,7 @@ def _small() -> Size:
     limits = {"max_prompt_tokens": 32, "max_response_tokens": 64}
     data: dict[str, Any] = {"model": model, "sample": limits, "eval": {"problems": 64}}
     train, sample = (resolve(from_dict(data | {"batch": {"prompts": P, "group_size": 8}})) for P in (16, 8))
-    return Size("small", "4.8 M parameters", train, sample, on_cpu=True)
+    return Size("small", "4.8 M parameters; the head is Qwen2.5-0.5B's", train, sample, head=Head(), on_cpu=True)
 
 
 def _qwen(name: str, row: tuple[int, int], **shape: Any) -> Size:
@@ -63,9 +75,12 @@ def _qwen(name: str, row: tuple[int, int], **shape: Any) -> Size:
     train = resolve(from_dict({"model": model, "batch": batch, "sample": limits}))
     limits = {"max_prompt_tokens": 512, "max_response_tokens": 512, "chunk": 32}
     sample = resolve(from_dict({"model": model, "batch": {"prompts": 32, "group_size": 8}, "sample": limits}))
-    return Size(name, f"Qwen2.5-{name.upper()}, random weights", train, sample, side=8192, copied=1 << 32, seconds=10.0)
+    return Size(
+        name, f"Qwen2.5-{name.upper()}, random weights", train, sample, head=Head(shape["vocab_size"], shape["width"]), **LARGE
+    )
 
 
+LARGE: Mapping[str, Any] = {"side": 8192, "copied": 1 << 32, "seconds": 10.0}
 _0_5B = {"vocab_size": 151936, "layers": 24, "width": 896, "heads": 14, "kv_heads": 2, "head_dim": 64, "mlp": 4864}
 _1_5B = {"vocab_size": 151936, "layers": 28, "width": 1536, "heads": 12, "kv_heads": 2, "head_dim": 128, "mlp": 8960}
 _7B = {"vocab_size": 152064, "layers": 28, "width": 3584, "heads": 28, "kv_heads": 4, "head_dim": 128, "mlp": 18944}

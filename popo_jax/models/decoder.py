@@ -6,8 +6,9 @@ Parameters are one nested dict, blocks stacked on axis 0:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ from popo_jax.models.kv_cache import Cache, allocate, visible, write
 from popo_jax.models.linear import Linear, precision
 from popo_jax.models.norm import RMSNorm
 from popo_jax.models.rope import Rope, rope
+from popo_jax.ops.hidden_logprobs import auto_chunk, hidden_logprobs
+from popo_jax.ops.logprobs import logprobs_and_entropy
 
 Params = dict[str, Any]
 DecodeParams = dict[str, Any]
@@ -80,6 +83,8 @@ class Decoder:
     """A policy of shape `c`, with vocab_size set and `linear` resolved. Hashable: static under jit."""
 
     c: ModelConfig
+    row_shards: int = field(default=1, kw_only=True)
+    """Devices that the rows of a batch are split over."""
 
     def __post_init__(self) -> None:
         if self.c.vocab_size is None or self.c.linear == "auto":
@@ -104,6 +109,22 @@ class Decoder:
     def logits(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Float32 logits of the next token at every position. Causal; rows start at position 0 and are padded on the right."""
         return self.head(params, self.hidden(params, tokens))
+
+    def logprobs(
+        self, params: Params, tokens: Int[Array, "B T"], *, temperature: float
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        """(log-prob of token t, entropy of the distribution it was drawn from), nats, float32; both 0 at t = 0.
+
+        All logits at once where they are few, else a chunk of positions at a time (`model.head_chunk`).
+        """
+        hidden, shards = self.hidden(params, tokens), math.gcd(self.row_shards, tokens.shape[0])
+        assert self.c.vocab_size is not None
+        chunk = self.c.head_chunk or auto_chunk(tokens.shape[0] // shards, tokens.shape[1], self.c.vocab_size)
+        if chunk is None:
+            return logprobs_and_entropy(self.head(params, hidden), tokens, temperature=temperature)
+        weight, axis = (params["embed"]["embedding"], 0) if self.c.tie_embeddings else (params["head"]["kernel"], 1)
+        how = {"temperature": temperature, "chunk": chunk, "vocab_axis": axis, "row_shards": shards}
+        return hidden_logprobs(hidden, weight, tokens, **how)  # type: ignore[arg-type]
 
     def hidden(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The last block's output, final norm applied: what `head` reads."""

@@ -30,9 +30,8 @@ def logprobs_and_entropy(
     """
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         raise ValueError(f"expected logits [B, T, V] and tokens [B, T], got {logits.shape} and {tokens.shape}")
-    both = _speak(logits[:, :-1], tokens[:, 1:], temperature)
-    logp_BT, entropy_BT = (jnp.pad(x, ((0, 0), (1, 0))) for x in both)
-    return logp_BT, entropy_BT
+    logp_BT, entropy_BT, _, _ = speak(logits[:, :-1], tokens[:, 1:], temperature)
+    return aligned(logp_BT), aligned(entropy_BT)
 
 
 def filtered_logits(
@@ -50,15 +49,25 @@ def filtered_logits(
     return x_BV if top_p >= 1 else jnp.where(_nucleus(x_BV, top_p), x_BV, -jnp.inf)
 
 
-def _speak(logits_BTV: Array, tokens_BT: Array, temperature: float) -> tuple[Array, Array]:
-    """Log-probs and entropies, unshifted: position t of both is what logits t say."""
-    top_BT1 = jax.lax.stop_gradient(_wide(jnp.max(logits_BTV, axis=-1, keepdims=True)))
-    z_BTV = jnp.maximum((_wide(logits_BTV) - top_BT1) / temperature, _FLOOR)
+def speak(logits_BTV: Array, tokens_BT: Array, temperature: float) -> tuple[Array, Array, Array, Array]:
+    """(log-probs, entropies, largest logits, log sum exp z), unshifted: position t of each is what logits t say."""
+    top_BT = jax.lax.stop_gradient(_wide(jnp.max(logits_BTV, axis=-1)))
+    z_BTV = scaled(logits_BTV, top_BT, temperature)
     e_BTV = jnp.exp(z_BTV)
     sum_BT = jnp.sum(e_BTV, axis=-1)
     chosen_BT = _wide(jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0])
-    logp_BT = (chosen_BT - top_BT1[..., 0]) / temperature - jnp.log(sum_BT)
-    return logp_BT, jnp.log(sum_BT) - jnp.sum(e_BTV * z_BTV, axis=-1) / sum_BT
+    logp_BT = (chosen_BT - top_BT) / temperature - jnp.log(sum_BT)
+    return logp_BT, jnp.log(sum_BT) - jnp.sum(e_BTV * z_BTV, axis=-1) / sum_BT, top_BT, jnp.log(sum_BT)
+
+
+def scaled(logits_BTV: Array, top_BT: Array, temperature: float) -> Array:
+    """z = (logits - the largest) / temperature, float32."""
+    return jnp.maximum((_wide(logits_BTV) - top_BT[..., None]) / temperature, _FLOOR)
+
+
+def aligned(x_BT: Array) -> Array:
+    """What the positions before the last say, moved to the tokens they speak of: 0 at t = 0."""
+    return jnp.pad(x_BT, ((0, 0), (1, 0)))
 
 
 def _nucleus(x_BV: Array, p: float) -> Array:

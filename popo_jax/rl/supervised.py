@@ -8,7 +8,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from popo_jax.models.decoder import Decoder
-from popo_jax.ops.logprobs import next_token_logprobs
 from popo_jax.ops.masked import masked_mean
 from popo_jax.rl.state import Params, TrainState
 
@@ -25,8 +24,7 @@ def supervised_step(
     """One AdamW step at learning rate `rate` on the mean negative log-prob of the answers' tokens; returns that mean."""
 
     def loss_of(params: Params) -> Float[Array, ""]:
-        logp = next_token_logprobs(model.logits(params, tokens), tokens, temperature=1.0)
-        return -masked_mean(logp, answer_mask)
+        return -masked_mean(model.logprobs(params, tokens, temperature=1.0)[0], answer_mask)
 
     loss, grads = jax.value_and_grad(loss_of)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 from popo_jax.config import Config
 from popo_jax.models import lora
 from popo_jax.models.decoder import Decoder
-from popo_jax.ops.logprobs import logprobs_and_entropy
 from popo_jax.ops.losses import decoupled_surrogate, denominator, k3, numerator, sequence_behaviour
 from popo_jax.rl import measures
 from popo_jax.rl.optim import learning_rate
@@ -69,8 +68,7 @@ def gradient(
     micros = jax.tree.map(lambda x: split_rows(x, n), (mini, logp_prox))
 
     def loss_of(params: Params, micro: Batch, prox: Float[Array, "r T"] | None) -> tuple[Array, tuple[dict[str, Array], Array]]:
-        logits_BTV = model.logits(lora.join(params, frozen), micro.tokens)
-        logp, entropy = logprobs_and_entropy(logits_BTV, micro.tokens, temperature=c.sample.temperature)
+        logp, entropy = model.logprobs(lora.join(params, frozen), micro.tokens, temperature=c.sample.temperature)
         prox = jax.lax.stop_gradient(logp) if prox is None else prox
         around = anchors(prox, micro, c=c)
         terms = objective_terms(logp, entropy, around, micro, c=c)
@@ -137,7 +135,7 @@ def score(params: Params, tokens: Array, *, model: Decoder, temperature: float, 
     """Log-probs [B, T] of `tokens` under `params` at `temperature`, in `parts` equal parts one after another."""
 
     def one(_: None, part: Array) -> tuple[None, Array]:
-        return None, logprobs_and_entropy(model.logits(params, part), part, temperature=temperature)[0]
+        return None, model.logprobs(params, part, temperature=temperature)[0]
 
     return join_rows(jax.lax.scan(one, None, split_rows(tokens, parts))[1])
 

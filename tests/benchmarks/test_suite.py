@@ -20,7 +20,7 @@ from benchmarks.suite import flops, loop, measure, registry, replay, report, sam
 from benchmarks.suite.forced import Forced, equal, uniform
 from benchmarks.suite.load import Load
 from benchmarks.suite.measure import Timed, rounds
-from benchmarks.suite.sizes import ROOT, SIZES, Size, built, defaults, prompts
+from benchmarks.suite.sizes import ROOT, SIZES, Head, Size, built, defaults, prompts
 from popo_jax import cli
 from popo_jax.config import ModelConfig
 from popo_jax.models.decoder import Decoder
@@ -35,7 +35,7 @@ WIDE = ModelConfig(vocab_size=512, layers=3, width=256, heads=4, kv_heads=2, hea
 TOLERANCE = 0.02
 """What norms, softmax and activations add to the products, at most."""
 C = tiny.config(sample__max_response_tokens=12)
-MICRO = Size("micro", "for tests", C, C, side=32, copied=1 << 12, seconds=0.0)
+MICRO = Size("micro", "for tests", C, C, side=32, copied=1 << 12, seconds=0.0, head=Head(512, 16, kept=(4, 256), timed=(2, 16)))
 
 
 def counted(f, *args) -> float:
@@ -246,6 +246,7 @@ def test_a_line_has_every_key_and_its_figures():
 
 CASES = {
     "train_step": ["train_step", "train_step/forward"],
+    "head": ["head/plain", "head/chunked"],
     "sampler": [f"sampler/{x}" for x in ("prefill", "decode", "whole", "equal", "uniform")],
     "replay": ["replay/fill", "replay/assemble", "replay/store"],
     "verifiers": [f"verifiers/{task}{kind}" for task in ("countdown", "arithmetic", "math") for kind in ("", "_hostile")]
@@ -262,13 +263,17 @@ def test_every_case_runs(case):
     for x in lines.values():
         assert x.n >= measure.LEAST and 0 < x.min_s <= x.median_s <= x.max_s and x.size == "micro"
         json.loads(report.dumps(x))
-    if case in ("train_step", "sampler"):
+    if case in ("train_step", "sampler", "head"):
         assert all(x.share_of_peak > 0 and x.flops > 0 and x.tokens_per_s > 0 for x in lines.values())
     if case == "sampler":
         assert lines["sampler/whole"].extra["lengths"] == [12, 12.0, 12]
         assert lines["sampler/equal"].extra["lengths"] == [7, 7.0, 7]
         low, _, high = lines["sampler/uniform"].extra["lengths"]
         assert 1 <= low < high <= 12 and lines["sampler/uniform"].extra["of_equal"] > 0
+    if case == "head":
+        plain, chunked = (lines[f"head/{x}"].extra for x in ("plain", "chunked"))
+        assert plain["of_plain"] == plain["kept_of_plain"] == 1 and chunked["of_plain"] > 0
+        assert plain["kept_bytes"] > 2 * 4 * 256 * 512 * 4 > 2 * chunked["kept_bytes"] and chunked["chunk"] == 4
     if case == "loop":
         grpo, popo = lines["loop/grpo"].extra, lines["loop/popo"].extra
         assert grpo["cpu_of_grpo"] == 1 and grpo["replayed"] == 0 and popo["replayed"] == 2
@@ -317,7 +322,7 @@ def test_a_start_keeps_no_compiled_programs_of_others(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["trian_step"], "popo bench: case must be one of train_step, sampler, replay,"),
+        (["trian_step"], "popo bench: case must be one of train_step, head, sampler, replay,"),
         (["trian_step"], "got trian_step (did you mean train_step?)"),
         (["replay", "--size", "smal"], "--size must be one of tiny, small, 0.5b, 1.5b, 7b, got smal (did you mean small?)"),
         (["replay", "--out", __file__], f"--out {__file__} must not exist yet"),

@@ -10,6 +10,7 @@ import pytest
 
 from popo_jax.config import ModelConfig
 from popo_jax.models.decoder import Decoder
+from popo_jax.ops.logprobs import logprobs_and_entropy
 
 C = ModelConfig(vocab_size=23, layers=2, width=24, heads=6, kv_heads=3, head_dim=8, mlp=40, linear="plain")
 UNTIED = dataclasses.replace(C, tie_embeddings=False, attention_bias=False, kv_heads=1, linear="barrier")
@@ -143,6 +144,45 @@ def test_remat_computes_again_what_it_says():
     block = 9  # q k v o gate up down, and scores and weighted values
     assert none < dots < full <= none + block
     assert dots <= none + 2
+
+
+def mixture(c: ModelConfig, **more):
+    """A function of params: log-probs and entropies, mixed."""
+    a, b = np.random.default_rng(3).normal(size=(2, B, T)).astype(np.float32)
+
+    def of(params):
+        logp, entropy = Decoder(c, **more).logprobs(params, tokens_of(), temperature=0.7)
+        return jnp.sum(a * logp + b * entropy), (logp, entropy)
+
+    return of
+
+
+@pytest.mark.parametrize("c", [C, UNTIED])
+def test_log_probs_are_those_of_the_logits_whatever_the_chunk(c):
+    params = params_of(c)
+    grads, values = jax.jit(jax.grad(mixture(c), has_aux=True))(params)
+    want = logprobs_and_entropy(logits(c, params, tokens_of()), tokens_of(), temperature=0.7)
+    for chunk in (3, 100):
+        got, values = jax.jit(jax.grad(mixture(dataclasses.replace(c, head_chunk=chunk)), has_aux=True))(params)
+        np.testing.assert_allclose(values, want, atol=3e-6)
+        assert_close(got, grads, 1e-5 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)))
+
+
+def test_few_logits_are_all_there_at_once_in_the_program_of_old():
+    model, how = Decoder(C), {"temperature": 0.7}
+    new = jax.make_jaxpr(lambda p, t: model.logprobs(p, t, **how))
+    old = jax.make_jaxpr(lambda p, t: logprobs_and_entropy(model.logits(p, t), t, **how))
+    args = params_of(C), tokens_of()
+    assert str(new(*args)) == str(old(*args)) and f"[{B},{T},{C.vocab_size}]" in str(new(*args))
+
+
+def test_every_shard_of_the_rows_sums_its_part_of_the_heads_gradient():
+    def program(row_shards):
+        c = dataclasses.replace(C, head_chunk=3)
+        return str(jax.make_jaxpr(jax.grad(mixture(c, row_shards=row_shards), has_aux=True))(params_of(C)))
+
+    for n, sizes in ((1, "f32[1,24,23]"), (2, "f32[2,24,23]"), (6, "f32[2,24,23]")):  # 4 rows: 6 shards share them as 2 would
+        assert sizes in program(n)
 
 
 def test_barrier_gradients_equal_the_plain_ones():

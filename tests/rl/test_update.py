@@ -103,6 +103,25 @@ def test_micro_batches_equal_the_whole(aggregation):
     assert got[0][1]["loss"] == pytest.approx(float(got[1][1]["loss"]), abs=1e-6)
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_chunked_head_takes_the_same_step(tie):
+    """With an entropy bonus, replayed rows and a first pass for two mini-batches; 7 does not divide the 29 positions."""
+    x, kw = batch(replayed=(1,), masked=(2,)), {"model__tie_embeddings": tie, "loss__entropy_coef": 0.01}
+    kw["batch__mini_batches"] = 2
+    _, whole, state = setup(**kw)
+    _, part, same = setup(**kw, model__head_chunk=7)
+    assert_close(state.params, same.params, 0)
+    vocab = whole.model.c.vocab_size
+    assert f"f32[8,{T},{vocab}]" not in (text := str(jax.make_jaxpr(part.train_step)(state, x))) and f"[8,7,{vocab}]" in text
+    (a, out_a), (b, out_b) = step(whole, state, x), step(part, state, x)
+    np.testing.assert_allclose(out_a.logp_start, out_b.logp_start, atol=1e-5)
+    moved = max(float(jnp.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (a.params, state.params)), strict=True))
+    assert moved > 1e-2
+    assert_close(a.params, b.params, 1e-3 * moved)
+    for key in ("loss", "entropy", "grad_norm"):
+        assert float(out_a.metrics[key]) == pytest.approx(float(out_b.metrics[key]), rel=1e-4), key
+
+
 def test_mini_batches_are_optimizer_steps_on_slots_in_strides():
     c, b, state = setup(batch__mini_batches=2)
     x = batch(replayed=(1,))
