@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "plain": set(),
     "config": set(),
     "rules": set(),
+    "metrics": set(),
     "cli": set(),  # and anything, inside functions
     "tasks": set(),
     "replay": set(),
@@ -48,6 +49,7 @@ NO_JAX = [
     "plain",
     "config",
     "rules",
+    "metrics",
     "cli",
     "tasks",
     "tasks.pool",
