@@ -13,7 +13,7 @@ import numpy as np
 from popo_jax.config import Config, TaskConfig
 from popo_jax.data.stream import Source
 from popo_jax.data.tokenizer import Tokenizer
-from popo_jax.tasks import get_task
+from popo_jax.tasks import get_task, mathematics
 from popo_jax.tasks.pool import Job
 from popo_jax.types import Verdict
 
@@ -34,12 +34,21 @@ def load(c: Config, tokenizer: Tokenizer) -> Problems:
         task = get_task(config.name)
         for problems, out, file in zip(task.load(config), (train, held_out), ("train_file", "eval_file"), strict=True):
             where = getattr(config, file) or _origin(config) or f"tasks.{i} ({config.name}, generated)"
-            source = Source(
-                config.name, config.weight, problems, task.prompt_text, task.problem_id, task.answer_fields, tokenizer
-            )
-            source.check(c.sample.max_prompt_tokens, where)
-            out.append(source)
+            out.append(_source(config, problems, where, c, tokenizer))
     return Problems(tuple(train), tuple(held_out))
+
+
+def load_all(config: TaskConfig, c: Config, tokenizer: Tokenizer) -> Source:
+    """Every problem of a mathematics file or data set, undivided. Errors: UserError, as `load`."""
+    return _source(config, mathematics.load_all(config), _origin(config) or config.name, c, tokenizer)
+
+
+def _source(config: TaskConfig, problems: Sequence[Mapping[str, Any]], where: str, c: Config, tokenizer: Tokenizer) -> Source:
+    """Checked: every prompt fits."""
+    task = get_task(config.name)
+    source = Source(config.name, config.weight, problems, task.prompt_text, task.problem_id, task.answer_fields, tokenizer)
+    source.check(c.sample.max_prompt_tokens, where)
+    return source
 
 
 def _origin(config: TaskConfig) -> str | None:

@@ -31,9 +31,14 @@ WHOLE = PartitionSpec()
 
 
 class SampleFn(Protocol):
-    """The seam for other engines: prompts [P] of token arrays -> Responses of P * samples rows."""
+    """The seam for other engines: prompts [P] of token arrays -> Responses of P * samples rows.
 
-    def __call__(self, params: Any, prompts: Sequence[np.ndarray], key: jax.Array, *, version: int) -> Responses: ...
+    `first` is the number of the first prompt: a call for prompts 8 to 15 draws what they have in a call for 0 to 15.
+    """
+
+    def __call__(
+        self, params: Any, prompts: Sequence[np.ndarray], key: jax.Array, *, version: int, first: int = 0
+    ) -> Responses: ...
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,13 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Callable (params, prompts, key, *, version) -> Responses. Errors: ValueError for a prompt over the limit."""
+    """Callable (params, prompts, key, *, version, first) -> Responses. Errors: ValueError for a prompt over the limit."""
 
     model: Decoder
     c: Decoding
     mesh: Mesh
 
-    def __call__(self, params: Any, prompts: Sequence[np.ndarray], key: jax.Array, *, version: int) -> Responses:
+    def __call__(self, params: Any, prompts: Sequence[np.ndarray], key: jax.Array, *, version: int, first: int = 0) -> Responses:
         longest = max(len(p) for p in prompts)
         if longest > self.c.max_prompt:
             raise ValueError(f"a prompt has {longest} tokens, the sampler's limit is {self.c.max_prompt}")
@@ -85,18 +90,22 @@ class Sampler:
         )
         weights = _for_decode(params, model=self.model, mesh=self.mesh)
         per_wave = len(prompts) if self.c.max_rows is None else min(len(prompts), max(self.c.max_rows // self.c.samples, 1))
-        for first in range(0, len(prompts), per_wave):
-            self._wave(weights, prompts[first : first + per_wave], key, first, per_wave, out)
+        for at in range(0, len(prompts), per_wave):
+            self._wave(weights, prompts[at : at + per_wave], key, at, first + at, per_wave, out)
         return replace(out, ended=_ended(out, self.c.eos_ids))
 
-    def _wave(self, weights: Any, prompts: Sequence[np.ndarray], key: jax.Array, first: int, size: int, out: Responses) -> None:
+    def _wave(
+        self, weights: Any, prompts: Sequence[np.ndarray], key: jax.Array, at: int, first: int, size: int, out: Responses
+    ) -> None:
+        """Rows are written to `out` from prompt `at` on, and drawn as those of prompt number `first` on."""
         shards, static = row_shards(self.mesh.shape), {"model": self.model, "mesh": self.mesh}
         parts, units = split_groups(size, self.c.samples, shards)
         c = replace(self.c, samples=self.c.samples // parts)
         tokens, start = right_align([p for p in prompts for _ in range(parts)], units, self.c.max_prompt)
-        row = np.arange(units * c.samples, dtype=np.int32) + first * self.c.samples
+        row = np.arange(units * c.samples, dtype=np.int32) + at * self.c.samples
         row[len(prompts) * self.c.samples :] = -1
-        rows, drawn = _prefill(weights, tokens, start, row, key, c=c, **static)
+        drawn_as = np.where(row < 0, row, row + np.int32((first - at) * self.c.samples))
+        rows, drawn = _prefill(weights, tokens, start, drawn_as, key, c=c, **static)
         _record(out, drawn, row, 0)
         for t in range(1, c.max_response, c.chunk):
             active = ~np.asarray(rows.done).reshape(shards, -1)

@@ -1,6 +1,7 @@
 """Mathematics problems from files and hub data sets: which column is what, the answer inside a solution, what is held out.
 
-Known shapes: (problem, answer) as in DeepScaleR, (problem, solution) as in MATH and NuminaMath, (question, answer) as in GSM8K.
+Known shapes: (problem, answer) as in DeepScaleR, (problem, solution) as in MATH and NuminaMath, (question, answer) as in GSM8K,
+(question, final_answer) as in OlympiadBench, whose answers are lists and whose `context`, if there is one, comes first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from popo_jax.tasks import files
 from popo_jax.tasks.files import Row, Split
 from popo_jax.types import UserError
 
-SHAPES = (("problem", "answer"), ("problem", "solution"), ("question", "answer"), ("question", "solution"))
+SHAPES = (
+    *(("problem", "answer"), ("problem", "solution")),
+    *(("question", "answer"), ("question", "final_answer"), ("question", "solution")),
+)
 _PLAIN = re.compile(r"-?[0-9]+(\.[0-9]+)?(/[0-9]+)?|-?\\d?frac\{[0-9]+\}\{[0-9]+\}|-?[0-9]{1,3}(,[0-9]{3})+")
 """Answers that math-verify is known to parse."""
 _DELIMITED = re.compile(r"\$|\\boxed|\\\(|\\\[")
@@ -45,6 +49,20 @@ def read(config: TaskConfig, problem_id: Callable[[Mapping[str, Any]], str]) -> 
     if shared:
         raise UserError(f"{name_} must hold no problem of {name}, got {shared} of {len(others)} in both")
     return problems, others
+
+
+def read_all(config: TaskConfig, problem_id: Callable[[Mapping[str, Any]], str]) -> list[Row]:
+    """Every problem of the training source, in order; of those that occur twice the first. For evaluation alone.
+
+    Errors: UserError, also if the config names no source.
+    """
+    source = _source(config.train_file, config.math, config.math.train_split)
+    if source is None:
+        raise UserError("expected a file or a data set of mathematics problems, got neither")
+    found: dict[str, Row] = {}
+    for p in _problems(*source, config.math, checked=config.verifier is None):
+        found.setdefault(problem_id(p), p)
+    return list(found.values())
 
 
 def _cut(name: str, problems: list[Row], c: MathConfig, problem_id: Callable[[Row], str]) -> Split:
@@ -88,6 +106,8 @@ def _problems(name: str, table: Iterable[tuple[str, Row]], c: MathConfig, *, che
                 raise UserError(f"{place}: column {column} is missing or empty, found {files.shown(list(row))}")
         text = row[question]
         files.need(isinstance(text, str) and bool(text.strip()), f"{place}: {question}", "a text that is not blank", text)
+        context = row.get("context") if answer == "final_answer" else None
+        text = f"{context.strip()}\n{text}" if isinstance(context, str) and context.strip() else text
         problems.append({"problem": text.strip(), "answer": answer_of(row[answer], place, answer)})
     if checked:
         _refuse_unreadable([(place, p["answer"]) for (place, _), p in zip(table, problems, strict=True)])
@@ -107,8 +127,10 @@ def _columns(name: str, found: list[str], c: MathConfig) -> tuple[str, str]:
 def answer_of(value: object, place: str, column: str) -> str:
     """The final answer: after "####", inside the last \\boxed{}, else the whole text. Errors: UserError.
 
-    A column named `solution` must have one of the two.
+    A column named `solution` must have one of the two. A list of answers is one, commas between.
     """
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
+        value = ", ".join(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     files.need(isinstance(value, str), f"{place}: {column}", "text or a number", value)

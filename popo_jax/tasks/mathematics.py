@@ -131,6 +131,11 @@ def load(config: TaskConfig) -> Split:
     return [p | instruction for p in train], [p | instruction for p in held_out]
 
 
+def load_all(config: TaskConfig) -> list[dict[str, Any]]:
+    """All problems of `train_file` or the data set, undivided: an evaluation's. Errors: as `load`."""
+    return [p | {"instruction": config.math.instruction} for p in math_data.read_all(config, problem_id)]
+
+
 def teacher_answer(problem: Problem, rng: np.random.Generator, *, right: float) -> str:
     """With probability `right` the answer, boxed, else a number near it (of another kind of answer: that plus a number)."""
     answer = problem["answer"]

@@ -202,3 +202,13 @@ def test_bfloat16_sampler_runs():
     params = tiny.sharp(b.fresh_params(jax.random.key(1)))
     r = b.rollout_sampler()(params, [np.arange(3, 9, dtype=np.int32)], KEY, version=0)
     assert np.isfinite(r.logp).all() and jnp.asarray(r.logp).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_call_for_later_prompts_draws_what_they_have_among_all(built, params, prompts, first):
+    eos = ends(built, params, prompts)
+    whole = make(built, eos_ids=eos, max_rows=None)(params, prompts, KEY, version=0)
+    part = make(built, eos_ids=eos, max_rows=4)(params, prompts[first:], KEY, version=0, first=first)
+    rows = first * (len(whole.tokens) // len(prompts))
+    np.testing.assert_array_equal(part.tokens, whole.tokens[rows:])
+    np.testing.assert_allclose(part.logp, whole.logp[rows:], atol=1e-5)
