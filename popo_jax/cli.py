@@ -15,6 +15,7 @@ import tyro
 
 from popo_jax import plain
 from popo_jax.config import Config, from_dict, without_preset
+from popo_jax.eval_args import EvalArgs
 from popo_jax.rules import resolve, unread, why_unread
 from popo_jax.types import UserError
 
@@ -23,28 +24,12 @@ USAGE = """usage: popo COMMAND ...
   popo train CONFIG [--key value ...]     train; --algorithm grpo, --seed 1, --loss.clip-low 0.1 and so on
   popo train --resume RUN [--from-step N] go on with a run
   popo sft CONFIG --out DIR               only the warm start
-  popo eval RUN [--k 1 8]                 greedy accuracy, avg@k and pass@k on held-out problems
+  popo eval MODEL_OR_RUN [--task AIME24]  avg@k and pass@k on held-out problems or a suite; --answers FILE: of given answers
   popo export RUN --out DIR [--step N]    a folder that transformers opens
   popo inspect RUN                        what a run and its checkpoints hold
   popo bench [CASE ...]                   how fast the parts are here; --list names the cases
 
 popo COMMAND --help lists the options; popo train CONFIG --help lists every setting."""
-
-
-@dataclass(frozen=True)
-class EvalArgs:
-    """Held-out accuracy of a run: greedy, and over several samples."""
-
-    run: tyro.conf.Positional[Path]
-    k: tuple[int, ...] = (1, 8)
-    """pass@k for each; the largest is the number of samples (avg@k)."""
-    temperature: float = 0.6
-    top_p: float = 1.0
-    problems: int | None = None
-    """None: as many as in training's evaluation."""
-    step: int | None = None
-    """None: the newest checkpoint."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -235,10 +220,16 @@ def _sft(args: list[str]) -> None:
 
 def _eval(args: list[str]) -> None:
     a = tyro.cli(EvalArgs, prog="popo eval", args=args)
-    _start()
-    from popo_jax import evaluate
+    a.check()
+    if a.answers is not None:
+        from popo_jax import answers
 
-    evaluate.command(a.run, k=a.k, temperature=a.temperature, top_p=a.top_p, problems=a.problems, step=a.step, seed=a.seed)
+        answers.command(a.answers, k=a.k or None, out=a.out)
+        return
+    _start()
+    from popo_jax import exam
+
+    exam.command(a)
 
 
 def _export(args: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from etils import epath
@@ -34,10 +35,10 @@ def load_config(path: epath.PathLike) -> Config:
     return resolve(from_dict(data, str(path)))
 
 
-def restore(run: epath.PathLike, step: int | None) -> Restored:
-    """The newest committed checkpoint of a run, or the one of `step`, on this machine's devices."""
+def restore(run: epath.PathLike, step: int | None, adapt: Callable[[Config], Config] = lambda c: c) -> Restored:
+    """The newest committed checkpoint of a run, or the one of `step`, on this machine's devices; its config as `adapt` has it."""
     folder = run_dir.open_existing(run).path
-    c = load_config(folder / "config.yaml")
+    c = adapt(load_config(folder / "config.yaml"))
     policy = policies.describe(folder / "policy", c)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=make_mesh(c))
     with Checkpoints(folder / "checkpoints", keep_last=c.checkpoint.keep_last, keep_best=c.checkpoint.keep_best) as checkpoints:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "popo_jax"
-FLOOR = {"types", "config", "plain", "rules"}
+FLOOR = {"types", "config", "plain", "rules", "eval_args"}
 NUMERICS = {"ops", "sharding"}
 TRAINING = {"rl", "sampling", "models", *NUMERICS}
 WIRING = {"problems", "policy", "build", "data", "tasks", "runtime", "run_dir", *TRAINING}
@@ -21,6 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "rules": set(),
     "metrics": set(),
+    "answers": {"metrics", "tasks"},
+    "eval_args": set(),
     "cli": set(),  # and anything, inside functions
     "tasks": set(),
     "replay": set(),
@@ -38,7 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "restore": WIRING,
     "journal": {"runtime", "run_dir", "rl"},
     "sft": WIRING,
-    "evaluate": WIRING | {"restore"},
+    "evaluate": WIRING,
+    "exam": WIRING | {"restore", "evaluate", "answers"},
     "export": WIRING | {"restore"},
     "inspect": WIRING | {"restore"},
     "train": {"build", "data", "replay", "runtime", "run_dir", "journal", "evaluate", *TRAINING},
@@ -50,6 +53,8 @@ NO_JAX = [
     "config",
     "rules",
     "metrics",
+    "answers",
+    "eval_args",
     "cli",
     "tasks",
     "tasks.pool",

@@ -10,10 +10,10 @@ FILES = ["*.json", "*.jinja", "*.safetensors"]
 """What is fetched of a model on the hub."""
 
 
-def locate(name: str) -> epath.Path:
+def locate(name: str, what: str = "policy.path") -> epath.Path:
     """The folder called `name`, or the one that the hub's model ORGANIZATION/NAME (with @REVISION, if given) is fetched to.
 
-    Errors: UserError if neither is there.
+    Errors: UserError, which calls it `what`, if neither is there.
     """
     folder, (repo, _, revision) = epath.Path(name), name.partition("@")
     if "://" in name or folder.exists() or repo.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -23,5 +23,5 @@ def locate(name: str) -> epath.Path:
     try:
         return epath.Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=FILES))
     except Exception as e:  # of many kinds: no such model, no access, no network
-        what = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"policy.path must be a folder or a model of the hub, got {name}: no such folder, and {what}") from None
+        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(f"{what} must be a folder or a model of the hub, got {name}: no such folder, and {why}") from None

@@ -110,7 +110,7 @@ def _problems(name: str, table: Iterable[tuple[str, Row]], c: MathConfig, *, che
         text = f"{context.strip()}\n{text}" if isinstance(context, str) and context.strip() else text
         problems.append({"problem": text.strip(), "answer": answer_of(row[answer], place, answer)})
     if checked:
-        _refuse_unreadable([(place, p["answer"]) for (place, _), p in zip(table, problems, strict=True)])
+        refuse_unreadable([(place, p["answer"]) for (place, _), p in zip(table, problems, strict=True)])
     return problems
 
 
@@ -161,7 +161,7 @@ def delimited(answer: str) -> str:
     return answer if number or _DELIMITED.search(answer) else f"\\boxed{{{answer}}}"
 
 
-def _refuse_unreadable(answers: list[tuple[str, str]]) -> None:
+def refuse_unreadable(answers: list[tuple[str, str]]) -> None:
     """Numbers and simple fractions pass at once, others are parsed in a pool's workers, each text once a process.
 
     Errors: UserError for the first that math-verify cannot parse.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from popo_jax import plain
 from popo_jax.config import TASK_NAMES, MathConfig, TaskConfig
@@ -46,17 +46,14 @@ def find(name: str) -> Suite | None:
     return SUITES.get(name.lower())
 
 
-def config(suite: Suite | None, data: str | None, *, problem: str | None, answer: str | None) -> TaskConfig:
-    """Where the mathematics task finds a suite's problems: on the hub, or in the file `data`, whose columns may be other ones."""
-    if data is not None or suite is None:
-        return TaskConfig(name="math", train_file=data, math=MathConfig(problem_column=problem, answer_column=answer))
-    return TaskConfig(
-        name="math",
-        math=MathConfig(
-            dataset=suite.dataset,
-            dataset_name=suite.subset,
-            train_split=suite.split,
-            problem_column=problem or suite.problem,
-            answer_column=answer or suite.answer,
-        ),
-    )
+def config(base: TaskConfig, suite: Suite | None, data: str | None, *, problem: str | None, answer: str | None) -> TaskConfig:
+    """A mathematics task whose `train_file` or data set holds a suite's problems: on the hub, or in the file `data`.
+
+    Columns not named are the suite's on the hub, and found by their names in a file. The instruction is that of `base`, and
+    so is the verifier, but for suites.
+    """
+    m = MathConfig(instruction=base.math.instruction, problem_column=problem, answer_column=answer)
+    if data is None and suite is not None:
+        m = replace(m, dataset=suite.dataset, dataset_name=suite.subset, train_split=suite.split)
+        m = replace(m, problem_column=problem or suite.problem, answer_column=answer or suite.answer)
+    return TaskConfig("math", train_file=data, verifier=base.verifier if suite is None else None, math=m)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from popo_jax.config import TASK_NAMES
+from popo_jax.config import TASK_NAMES, MathConfig, TaskConfig
 from popo_jax.tasks import mathematics, suites
 from popo_jax.types import UserError
 
+BASE = TaskConfig("math", verifier="mine:grade", math=MathConfig(instruction="Box it."))
 COLUMNS = {
     "aime24": {"problem": "p", "answer": "204", "solution": "long", "url": "u"},
     "aime25": {"problem": "p", "answer": "70", "id": "0"},
@@ -37,9 +38,9 @@ def test_a_suite_is_asked_of_the_hub_whole(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     suite = suites.find(name)
     assert suite is not None
-    problems = mathematics.load_all(suites.config(suite, None, problem=None, answer=None))
+    problems = mathematics.load_all(suites.config(BASE, suite, None, problem=None, answer=None))
     assert asked == [(suite.dataset, suite.subset, suite.split)]
-    assert [p["problem"] for p in problems] == ["p0", "p1", "p2"]
+    assert [mathematics.prompt_text(p) for p in problems] == [f"p{i}\nBox it." for i in range(3)]
     gold = {"amc23": "27.0", "olympiadbench": "$2$, 5"}.get(name) or COLUMNS[name]["answer"]
     assert {p["answer"] for p in problems} == {gold}
 
@@ -48,12 +49,12 @@ def test_a_suite_is_asked_of_the_hub_whole(name: str, monkeypatch: pytest.Monkey
 def test_a_suites_file_needs_no_columns_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps(COLUMNS[name]) + "\n")
     suite = suites.find(name)
-    assert len(mathematics.load_all(suites.config(suite, str(tmp_path / "x.jsonl"), problem=None, answer=None))) == 1
+    assert len(mathematics.load_all(suites.config(BASE, suite, str(tmp_path / "x.jsonl"), problem=None, answer=None))) == 1
 
 
 def test_a_context_stands_above_the_question(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps(COLUMNS["olympiadbench"] | {"context": "Let x = 3. "}) + "\n")
-    (problem,) = mathematics.load_all(suites.config(None, str(tmp_path / "x.jsonl"), problem=None, answer=None))
+    (problem,) = mathematics.load_all(suites.config(BASE, None, str(tmp_path / "x.jsonl"), problem=None, answer=None))
     assert problem["problem"] == "Let x = 3.\np"
 
 
@@ -66,4 +67,9 @@ def test_names() -> None:
 
 def test_no_source_is_told() -> None:
     with pytest.raises(UserError, match="expected a file or a data set of mathematics problems, got neither"):
-        mathematics.load_all(suites.config(None, None, problem=None, answer=None))
+        mathematics.load_all(suites.config(BASE, None, None, problem=None, answer=None))
+
+
+def test_a_suite_is_graded_by_our_own_verifier_and_your_file_by_yours() -> None:
+    made = [suites.config(BASE, s, "x.jsonl", problem=None, answer=None) for s in (suites.find("amc23"), None)]
+    assert [c.verifier for c in made] == [None, "mine:grade"]
