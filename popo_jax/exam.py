@@ -34,7 +34,7 @@ from popo_jax.types import Prompt, UserError
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 2048, 8192
 """Limits of a checkpoint, which has no run's."""
-SAVED = "settings.json", "answers.jsonl", "greedy.jsonl", "summary.json"
+SAMPLED, GREEDY = "answers.jsonl", "greedy.jsonl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +72,13 @@ def command(a: EvalArgs) -> dict[str, dict[str, Any]]:
     settings = _settings(a, subject, exams, greedy)
     folder = answers.open_folder(a.out or _default_folder(a, subject, exams, settings), settings)
     print(f"Answers: {folder}", flush=True)
-    samplers = {SAVED[1]: subject.built.sampler(samples=a.samples, temperature=a.temperature, top_p=a.top_p)}
+    samplers = {SAMPLED: subject.built.sampler(samples=a.samples, temperature=a.temperature, top_p=a.top_p)}
     if greedy:
-        samplers = {SAVED[2]: subject.built.sampler(samples=1, temperature=0.0)} | samplers
+        samplers = {GREEDY: subject.built.sampler(samples=1, temperature=0.0)} | samplers
     for file, sampler in samplers.items():
         _ask(subject, exams, sampler, Sheet(folder / file, sampler.c.samples), a.seed)
-    found = answers.summary(answers.read(folder / SAVED[1]), a.k or (a.samples,), str(folder / SAVED[1]))
-    best = answers.summary(answers.read(folder / SAVED[2]), (), str(folder / SAVED[2])) if greedy else None
+    found = answers.summary(answers.read(folder / SAMPLED), a.k or (a.samples,), str(folder / SAMPLED))
+    best = answers.summary(answers.read(folder / GREEDY), (), str(folder / GREEDY)) if greedy else None
     answers.write_summary(folder, settings, found, greedy=best)
     at = f", step {subject.version}" if subject.run else ""
     if best:
