@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -126,11 +126,19 @@ def parse_config(path: str | None, overrides: Sequence[str], say: Callable[[str]
 
 
 def _apply(overrides: Sequence[str], base: Config) -> Config:
-    """Typed overrides through tyro; `--algorithm X` is `--algorithm.name X`. Errors: UserError instead of tyro's box."""
-    args, said = [_spell(a) for a in overrides], io.StringIO()
+    """Typed overrides through tyro; `--algorithm X` is `--algorithm.name X`."""
+    args = [_spell(a) for a in overrides]
+    with _one_sentence():
+        return tyro.cli(Config, prog="popo train CONFIG", args=args, default=base, config=(tyro.conf.FlagConversionOff,))
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Errors: UserError instead of tyro's box."""
+    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Config, prog="popo train CONFIG", args=args, default=base, config=(tyro.conf.FlagConversionOff,))
+            yield
     except SystemExit as e:
         if not e.code:
             raise  # --help
@@ -219,7 +227,8 @@ def _sft(args: list[str]) -> None:
 
 
 def _eval(args: list[str]) -> None:
-    a = tyro.cli(EvalArgs, prog="popo eval", args=args)
+    with _one_sentence():
+        a = tyro.cli(EvalArgs, prog="popo eval", args=args)
     a.check()
     if a.answers is not None:
         from popo_jax import answers

@@ -132,6 +132,8 @@ def test_bad_rows_are_one_sentence(rows, says, tmp_path, capsys):
         (["--answers", "a.jsonl", "--temperature", "1"], "popo eval --answers: --temperature is not read"),
         (["--answers", "a.jsonl", "--k", "0"], "--k must list whole numbers of at least 1, got [0]"),
         (["--answers", "no.jsonl"], "no.jsonl cannot be read: No such file"),
+        (["m", "--nope", "3"], "error: command line: Unrecognized options: --nope, 3"),
+        (["m", "--k", "many"], "error: command line: Error parsing --k"),
         (["--answers", "no.csv"], "no.csv must end in .jsonl or .parquet"),
     ],
     ids=str,
