@@ -39,6 +39,7 @@ Text = tuple[str, int]
 Way = tuple[str, tuple[int, ...], Ratio, tuple[int, ...], Ratio]
 """Last step of an expression: operator, left numbers (sorted) and their value, right numbers and theirs."""
 
+PROMPT = CountdownConfig.prompt
 _LEVEL = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2}
 _TOKEN = re.compile(r"[ \t]*(?:(0|[1-9][0-9]{0,8})|([-+*/()]))")
 
@@ -117,12 +118,15 @@ def _apply(sign: str, left: Ratio | None, right: Ratio | None) -> Ratio | None:
 
 
 def prompt_text(problem: Problem) -> str:
-    """E.g. "3 5 7 -> 56:"."""
-    return f"{' '.join(map(str, problem['nums']))} -> {problem['target']}:"
+    """The config's prompt around the problem; by default e.g. "3 5 7 -> 56:"."""
+    nums, target = " ".join(map(str, problem["nums"])), str(problem["target"])
+    return problem.get("prompt", PROMPT).replace("{nums}", nums).replace("{target}", target)
 
 
 def problem_id(problem: Problem) -> str:
-    return "countdown-" + hashlib.sha256(prompt_text(problem).encode()).hexdigest()[:12]
+    """Of the numbers and the target, however they are asked for."""
+    bare = {"nums": problem["nums"], "target": problem["target"]}
+    return "countdown-" + hashlib.sha256(prompt_text(bare).encode()).hexdigest()[:12]
 
 
 def answer_fields(problem: Problem) -> dict[str, Any]:
@@ -136,7 +140,9 @@ def key(problem: Problem) -> tuple[int, ...]:
 
 def load(config: TaskConfig) -> files.Split:
     """Training and held-out problems, from files where given, else generated; no key on both sides. Errors: UserError."""
-    return files.split(config, lambda taken: generate(config.countdown, taken), read, key)
+    train, held_out = files.split(config, lambda taken: generate(config.countdown, taken), read, key)
+    prompt = {"prompt": config.countdown.prompt}
+    return [p | prompt for p in train], [p | prompt for p in held_out]
 
 
 def read(path: epath.PathLike) -> list[files.Row]:

@@ -13,7 +13,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from popo_jax.config import CountdownConfig
+from popo_jax.config import CountdownConfig, TaskConfig, from_dict
+from popo_jax.rules import resolve
 from popo_jax.tasks import countdown
 from popo_jax.types import UserError
 
@@ -164,6 +165,29 @@ def test_prompt_and_fields() -> None:
     assert countdown.prompt_text(p) == "7 3 12 -> 56:"
     assert countdown.answer_fields(p) == {"nums": (7, 3, 12), "target": 56}
     assert countdown.key(p) == (3, 7, 12, 56)
+
+
+def test_a_prompt_in_words_changes_what_is_asked_and_no_id(tmp_path) -> None:
+    words = "Use {nums}, each once, to make {target}. Answer in <answer> tags: {nums}?"
+    config = TaskConfig(countdown=CountdownConfig(prompt=words, train_problems=4, eval_problems=2))
+    train, held_out = countdown.load(config)
+    plain, _ = countdown.load(TaskConfig(countdown=CountdownConfig(train_problems=4, eval_problems=2)))
+    for p, q in zip(train, plain, strict=True):
+        nums = " ".join(map(str, p["nums"]))
+        assert countdown.prompt_text(p) == f"Use {nums}, each once, to make {p['target']}. Answer in <answer> tags: {nums}?"
+        assert countdown.problem_id(p) == countdown.problem_id(q) and countdown.prompt_text(q) == f"{nums} -> {p['target']}:"
+    assert all(countdown.prompt_text(p).startswith("Use ") for p in held_out)
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"nums": [1, 2], "target": 3, "prompt": "not this one"}\n')
+    (row,), _ = countdown.load(TaskConfig(train_file=str(file), countdown=CountdownConfig(prompt=words, eval_problems=2)))
+    assert countdown.prompt_text(row).startswith("Use 1 2, each once, to make 3.")
+
+
+def test_a_prompt_without_its_places_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=re.escape("tasks.0.countdown.prompt must have {nums} and {target} in it, got 'Solve it'")
+    ):
+        resolve(from_dict({"tasks": [{"name": "countdown", "countdown": {"prompt": "Solve it"}}]}))
 
 
 def test_problem_id_is_made_from_content() -> None:
