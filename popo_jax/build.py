@@ -5,7 +5,6 @@ The one place where training programs are jitted: `popo plan` and the benchmarks
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +22,11 @@ from popo_jax.models.decoder import Decoder
 from popo_jax.models.linear import resolve_linear
 from popo_jax.rl import update
 from popo_jax.rl.optim import make_tx
-from popo_jax.rl.state import Batch, Params, StepOut, TrainState
+from popo_jax.rl.state import Batch, Params, StepOut, TrainState, abstract_batch, batch_specs
 from popo_jax.rl.supervised import supervised_step
 from popo_jax.sampling.sampler import Decoding, Sampler
+from popo_jax.split import fitted, memory, split_for
 from popo_jax.types import UserError
-
-CPU_TOKENS = 4096
-"""Of a micro-batch on a CPU: what is saved for the backward pass then stays near the caches, and no fresh pages are needed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +34,8 @@ class Built:
     """The compiled side of a run."""
 
     c: Config
+    split: Config
+    """`c` with `batch.micro_batch` decided: how the train step takes a batch apart."""
     mesh: Mesh
     model: Decoder
     tx: optax.GradientTransformation
@@ -84,40 +83,47 @@ class Built:
         return self.sampler(samples=self.c.batch.group_size, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
 
 
-def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mesh: Mesh) -> Built:
-    """Everything compiled for one policy on one mesh; nothing is compiled yet. Errors: UserError if rows do not shard."""
-    shards = sharding.row_shards(mesh.shape)
+def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mesh: Mesh, fit: bool = False) -> Built:
+    """Everything compiled for one policy on one mesh; nothing is compiled yet, but for `batch.micro_batch` auto.
+
+    fit: decide that by compiling train steps until the largest is found that fits; else auto is as good as none given.
+    Errors: UserError if rows do not shard, or nothing fits.
+    """
+    shards, device = sharding.row_shards(mesh.shape), mesh.devices.flat[0]
     if c.rows % shards:
         raise UserError(
             f"mesh: data x fsdp ({shards}) must divide the rows of a batch ({c.slots} groups x batch.group_size), got {c.rows}"
         )
-    model = Decoder(resolve_linear(model_config, mesh.devices.flat[0].platform), row_shards=shards)
+    model = Decoder(resolve_linear(model_config, device.platform), row_shards=shards)
     tx = make_tx(c.optim)
     abstract = abstract_state(model, tx, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    rows = NamedSharding(mesh, sharding.BATCH)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    split = split_for(mesh.devices.flat[0].platform, c, shards)
-    train_step = jax.jit(
-        functools.partial(update.train_step, model=model, tx=tx, c=split),
-        in_shardings=(state_shardings, rows),
-        out_shardings=(state_shardings, StepOut(replicated, rows)),  # type: ignore[arg-type]
-        donate_argnums=0,
-    )
-    return Built(c, mesh, model, tx, eos_ids, abstract, train_step, _scorer(split, model, state_shardings.params, rows))
+    rows, replicated = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, PartitionSpec())
+
+    def train_step(split: Config) -> Any:
+        return jax.jit(
+            functools.partial(update.train_step, model=model, tx=tx, c=split),
+            in_shardings=(state_shardings, jax.tree.map(lambda s: NamedSharding(mesh, s), batch_specs())),
+            out_shardings=(state_shardings, StepOut(replicated, rows)),  # type: ignore[arg-type]
+            donate_argnums=0,
+        )
+
+    def needs(split: Config) -> int:
+        return device_bytes(train_step(split).lower(abstract, abstract_batch(split)).compile())
+
+    if fit and c.batch.micro_batch == "auto":
+        stats = device.memory_stats() or {}
+        split = fitted(c, shards, needs, memory(c, stats.get("bytes_limit")))
+    else:
+        split = split_for(device.platform, c, shards)
+    score = _scorer(split, model, state_shardings.params, rows)
+    return Built(c, split, mesh, model, tx, eos_ids, abstract, train_step(split), score)
 
 
-def split_for(platform: str, c: Config, shards: int) -> Config:
-    """`c` with `batch.micro_batch` None decided for a platform: on a CPU at most CPU_TOKENS, elsewhere a whole mini-batch.
-
-    A micro-batch divides the mini-batch's rows and has as many rows on every one of `shards`.
-    """
-    if platform != "cpu" or c.batch.micro_batch is not None:
-        return c
-    mini = c.rows // c.batch.mini_batches
-    sizes = [n for n in range(1, mini + 1) if mini % n == 0 and n % shards == 0] or [mini]
-    micro = max((n for n in sizes if n * c.row_tokens <= CPU_TOKENS), default=sizes[0])
-    return dataclasses.replace(c, batch=dataclasses.replace(c.batch, micro_batch=micro))
+def device_bytes(compiled: Any) -> int:
+    """Bytes a compiled program needs on each device while it runs: arguments, results that are no donated argument, the rest."""
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
 def supervised(model: Decoder, tx: optax.GradientTransformation) -> Callable[..., tuple[TrainState, jax.Array]]:
@@ -139,7 +145,7 @@ def _scorer(c: Config, model: Decoder, params: Any, rows: NamedSharding) -> Call
     @functools.partial(jax.jit, in_shardings=(params, rows), out_shardings=rows)
     def score(params: Params, tokens: jax.Array) -> jax.Array:
         rows = tokens.shape[0]
-        n = 1 if c.batch.micro_batch is None else max(rows // c.batch.micro_batch, 1)
+        n = max(rows // c.batch.micro_batch, 1) if isinstance(c.batch.micro_batch, int) else 1
         n = next(i for i in range(n, rows + 1) if rows % i == 0)  # candidates' rows need not be a multiple
         return update.score(params, tokens, model=model, temperature=c.sample.temperature, parts=n)
 

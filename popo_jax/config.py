@@ -76,8 +76,10 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class CountdownConfig:
-    """Generated Countdown problems: reach the target with + - * / from all the numbers, each used once."""
+    """Countdown problems: reach the target with + - * / from all the numbers, each used once. Generated where no files are."""
 
+    prompt: str = "{nums} -> {target}:"
+    """What the policy is asked, with the problem's numbers and target in place of {nums} and {target}."""
     numbers: tuple[int, ...] = (3,)
     """How many numbers a problem has, e.g. 3 4 for a mix."""
     low: int = 1
@@ -272,8 +274,14 @@ class BatchConfig:
     """G, responses per prompt."""
     mini_batches: int = 1
     """Optimizer steps per batch; mini-batch m holds the slots s with s mod M == m."""
-    micro_batch: int | None = None
-    """Rows per gradient accumulation; None: a whole mini-batch at once, on a CPU as many rows as make 4096 tokens."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Rows per gradient accumulation; None: a whole mini-batch at once, on a CPU as many rows as make 4096 tokens. auto: the most
+    for which the compiled train step fits into `memory_gb`."""
+    memory_gb: float | None = None
+    """GiB of a device that micro_batch auto may take; None: nine tenths of what the device has."""
+    length_buckets: int | None = None
+    """Lengths, up to 4, that a micro-batch's rows may be cut to: rows are sorted by length and padding beyond is not computed.
+    One program, with as many branches. None: 4 for rows of 256 tokens and more, else 1."""
 
 
 @dataclass(frozen=True)
@@ -362,6 +370,8 @@ class OptimConfig:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     """Global norm."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of Adam's two moments between steps; bfloat16 halves their memory and is rounded by chance."""
 
 
 @dataclass(frozen=True)
@@ -434,6 +444,19 @@ class Config:
     def row_tokens(self) -> int:
         """T: tokens of a row, prompt and response limits together."""
         return self.sample.max_prompt_tokens + self.sample.max_response_tokens
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that a micro-batch's rows may be cut to, ascending; the last is T. Round numbers, which kernels like."""
+        T, n = self.row_tokens, self.batch.length_buckets or (4 if self.row_tokens >= 256 else 1)
+        step = 128 if T >= 512 else 8
+        return tuple(sorted({min(T, -(-T * k // (n * step)) * step) for k in range(1, n + 1)}))
+
+    @property
+    def micro_batches(self) -> int:
+        """n, micro-batches of a mini-batch; 1 while `batch.micro_batch` is not decided."""
+        micro = self.batch.micro_batch
+        return self.rows // self.batch.mini_batches // micro if isinstance(micro, int) else 1
 
     @property
     def slots(self) -> int:

@@ -63,7 +63,7 @@ def _new(c: Config, grade: GradeFn, console: Console) -> dict[str, Any]:
     folder = sft.starting_policy(c, mesh, console.say)
     policy = policies.describe(folder, c)
     sources = problems.load(c, policy.tokenizer)
-    built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
+    built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh, fit=True)
     params = built.load(folder, key_for(c.seed, Purpose.INIT, 0))
     reference = _reference(c, built, folder, policy)
     run = run_dir.create(c)
@@ -77,7 +77,7 @@ def _new(c: Config, grade: GradeFn, console: Console) -> dict[str, Any]:
 
 def _resume(c: Config, run: RunDir, step: int | None, grade: GradeFn, console: Console) -> dict[str, Any]:
     mesh, policy = make_mesh(c), policies.describe(run.path / "policy", c)
-    built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
+    built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh, fit=True)
     with _checkpoints(c, run) as checkpoints:
         if not checkpoints.steps():
             raise UserError(f"{run.path} holds no checkpoint yet; start it anew with: popo train {run.path / 'config.yaml'}")

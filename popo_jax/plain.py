@@ -66,7 +66,7 @@ def _value(hint: Any, v: Any, where: str, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     wrong = UserError(f"{where}: {path} must be {_spell(hint)}, got {v!r}")
     if origin in (typing.Union, types.UnionType):
-        return None if v is None else _value(next(a for a in args if a is not type(None)), v, where, path)
+        return None if v is None else _one_of([a for a in args if a is not type(None)], v, where, path, wrong)
     if origin is Literal:
         if v not in args:
             raise UserError(f"{wrong}{nearest(str(v), [str(a) for a in args])}")
@@ -89,6 +89,17 @@ def _value(hint: Any, v: Any, where: str, path: str) -> Any:
     if not isinstance(v, hint) or (hint is int and isinstance(v, bool)):
         raise wrong
     return v
+
+
+def _one_of(hints: list[Any], v: Any, where: str, path: str, wrong: UserError) -> Any:
+    if len(hints) == 1:
+        return _value(hints[0], v, where, path)
+    for hint in hints:
+        try:
+            return _value(hint, v, where, path)
+        except UserError:
+            continue
+    raise wrong
 
 
 def _spell(hint: Any) -> str:

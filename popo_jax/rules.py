@@ -57,6 +57,8 @@ def unread(c: Config) -> dict[str, str]:
         keys["warm_start"] = "policy.path names a policy"
         shape = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in MODEL_HOW]
         keys |= {f"model.{k}": "the shape comes from policy.path" for k in shape}
+    if c.batch.micro_batch != "auto":
+        keys["batch.memory_gb"] = "batch.micro_batch is not auto"
     if c.model.lora.rank is None:
         keys |= {f"model.lora.{k}": "model.lora.rank is null" for k in ("alpha", "targets")}
     for i, task in enumerate(c.tasks):
@@ -66,7 +68,8 @@ def unread(c: Config) -> dict[str, str]:
             elif name == "math":
                 keys |= {f"tasks.{i}.math.{k}": why for k, why in _unread_math(task).items()}
             elif task.train_file and task.eval_file:
-                keys[f"tasks.{i}.{name}"] = "both files are given"
+                generated = [f.name for f in dataclasses.fields(getattr(task, name)) if f.name != "prompt"]
+                keys |= {f"tasks.{i}.{name}.{k}": "both files are given" for k in generated}
     if not any(t.verifier or t.name in UNBOUNDED for t in c.tasks):
         keys["verifier"] = "no task is graded in worker processes"
     return keys
@@ -119,8 +122,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "warm_start.learning_rate model.rope_theta model.rms_eps selection.prior model.rope_scaling.factor "
         "model.rope_scaling.beta_fast model.rope_scaling.beta_slow model.rope_scaling.low_freq_factor "
         "model.rope_scaling.high_freq_factor model.lora.alpha model.rope_scaling.attention_factor "
-        "verifier.seconds verifier.memory_gb",
+        "verifier.seconds verifier.memory_gb batch.memory_gb",
     ),
+    ("lie between 1 and 4", lambda v: 1 <= v <= 4, "batch.length_buckets"),
     ("be above 1, or null for off", lambda v: v > 1, "loss.dual_clip"),
     ("lie in (0, 1)", lambda v: 0 < v < 1, "loss.clip_low optim.b1 optim.b2"),
     ("lie in (0, 1]", lambda v: 0 < v <= 1, "sample.top_p eval.top_p selection.decay"),
@@ -135,7 +139,7 @@ def _broken_rules(c: Config) -> Iterator[str]:
     for expected, holds, keys in _RANGES:
         for key in keys.split():
             v = values[key]
-            if v is not None and not (math.isfinite(v) and holds(v)):
+            if v is not None and v != "auto" and not (math.isfinite(v) and holds(v)):
                 yield f"{key} must {expected}, got {v}"
     if not c.tasks or len({t.name for t in c.tasks}) < len(c.tasks):
         yield f"tasks must name at least one task, each once, got {[t.name for t in c.tasks]}"
@@ -144,6 +148,8 @@ def _broken_rules(c: Config) -> Iterator[str]:
             yield f"tasks.{i}.weight must be above 0, got {t.weight}"
         if t.verifier is not None and not _FUNCTION.fullmatch(t.verifier):
             yield f"tasks.{i}.verifier must name a function as module:function, got {t.verifier!r}"
+        if t.name == "countdown" and not all(x in t.countdown.prompt for x in ("{nums}", "{target}")):
+            yield f"tasks.{i}.countdown.prompt must have {{nums}} and {{target}} in it, got {t.countdown.prompt!r}"
         if t.name == "math":
             yield from (f"tasks.{i}.{sentence}" for sentence in _broken_math(t))
     yield from _broken_relations(c)
@@ -178,7 +184,7 @@ def _broken_relations(c: Config) -> Iterator[str]:
         ),
         (c.slots % b.mini_batches == 0, f"batch.mini_batches must divide {slots}, got {b.mini_batches}"),
         (
-            b.micro_batch is None or mini % b.micro_batch == 0,
+            not isinstance(b.micro_batch, int) or mini % b.micro_batch == 0,
             f"batch.micro_batch must divide the rows of a mini-batch ({mini}), got {b.micro_batch}",
         ),
         (

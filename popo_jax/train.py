@@ -14,20 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from popo_jax import journal
 from popo_jax.build import Built
 from popo_jax.config import Config
+from popo_jax.data.arrange import arrange, put_back
 from popo_jax.data.assemble import assemble
 from popo_jax.data.selection import Mopps
 from popo_jax.replay.buffer import Buffer
 from popo_jax.replay.fill import candidates, fill, to_store
 from popo_jax.rl.rollout import Collector, Rollout, divergences, lay_out
-from popo_jax.rl.state import Batch, Params, StepOut, TrainState
+from popo_jax.rl.state import Batch, Params, StepOut, TrainState, batch_specs
 from popo_jax.run_dir import Progress
 from popo_jax.runtime.clocks import Clock
 from popo_jax.runtime.mesh import fetch, place
-from popo_jax.sharding import BATCH
 from popo_jax.types import FillPlan, UserError
 
 NONFINITE_LIMIT = 3
@@ -65,7 +66,7 @@ def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainStat
             began = time.monotonic()
             rollout: Rollout = pending.result()
             seen = parts.selection.observe(rollout.groups) if parts.selection is not None else {}
-            plan, batch = fill_batch(parts, rollout, state.params, progress.step)
+            plan, batch, order = fill_batch(parts, rollout, state.params, progress.step)
             with parts.clock("update"):
                 state, out = parts.built.train_step(state, batch)
             step = progress.step + 1
@@ -79,10 +80,10 @@ def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainStat
             with parts.clock("update"):
                 metrics = {k: float(v) for k, v in fetch(out.metrics).items()}
             progress = advance(progress, rollout, metrics, c)
-            replayed = store(parts, rollout, plan, out, progress.step)
+            replayed = store(parts, rollout, plan, out, order, progress.step)
             times = parts.clock.take() | rollout.seconds
             parts.journal.step(progress, rollout, plan, seen | replayed | metrics | scores | times, time.monotonic() - began)
-            if not checked and not plan.replaced.all():  # some row was sampled by these parameters
+            if not checked and (plan.counted & ~plan.replaced).any():  # some counted row was sampled by these parameters
                 check_agreement(metrics, progress, c)
                 checked = True
             check_progress(progress, c)
@@ -92,15 +93,16 @@ def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainStat
     return state, progress
 
 
-def fill_batch(parts: Parts, rollout: Rollout, params: Params, step: int) -> tuple[FillPlan, Batch]:
-    """Decide what every slot trains on, and lay it out on the devices."""
+def fill_batch(parts: Parts, rollout: Rollout, params: Params, step: int) -> tuple[FillPlan, Batch, np.ndarray]:
+    """Decide what every slot trains on, and lay it out on the devices; beside the batch, the order of its rows."""
     c, buffer, preset = parts.c, parts.buffer, parts.c.algorithm.preset
     scores = score_candidates(parts, params, step) if preset.order == "kl" else None
     with parts.clock("replay"):
         extra = c.slots - c.batch.prompts
         plan = fill(buffer, rollout.slots, version=step, preset=preset, seed=c.seed, step=step, extra=extra, divergence=scores)
-        rows: dict[str, Any] = assemble(rollout.slots, plan, buffer, T=c.row_tokens, marked_fresh=preset.marked_fresh)
-        return plan, place(Batch(**rows), parts.built.mesh, BATCH)
+        rows = assemble(rollout.slots, plan, buffer, T=c.row_tokens, marked_fresh=preset.marked_fresh)
+        fields: tuple[dict[str, Any], np.ndarray] = arrange(rows, parts.built.split)
+        return plan, place(Batch(**fields[0]), parts.built.mesh, batch_specs()), fields[1]
 
 
 def score_candidates(parts: Parts, params: Params, step: int) -> dict[int, float]:
@@ -115,10 +117,10 @@ def score_candidates(parts: Parts, params: Params, step: int) -> dict[int, float
     return divergences(groups, logp)
 
 
-def store(parts: Parts, rollout: Rollout, plan: FillPlan, out: StepOut, version: int) -> dict[str, float]:
+def store(parts: Parts, rollout: Rollout, plan: FillPlan, out: StepOut, order: np.ndarray, version: int) -> dict[str, float]:
     """Put what this step trained on into the buffer; returns the replay metrics."""
     with parts.clock("replay"):
-        logp_start = fetch(out.logp_start)
+        logp_start = put_back(fetch(out.logp_start), order)
         keep = to_store(rollout.slots, parts.c.algorithm.preset)
         refused = parts.buffer.store([rollout.slots[s] for s in keep], logp_start, slots=keep, version=version)
     ages = plan.age[plan.replaced]

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from popo_jax import train
-from popo_jax.rl.rollout import reference_scorer
+from popo_jax.rl.rollout import cut, lay_out, reference_scorer
 from popo_jax.rl.state import Batch
 from popo_jax.tasks.graders import Graders
 from popo_jax.types import UserError, Verdict
@@ -86,6 +86,19 @@ def test_exactly_the_ineffective_slots_are_replaced_by_whole_stored_groups(tmp_p
     assert (row["groups/effective"], row["groups/all_right"], row["groups/all_wrong"]) == (0.5, 0.25, 0.25)
     replayed = pq.read_table(tmp_path / "replays" / "000002.parquet").to_pydict()
     assert replayed == {"slot": [1, 3], "group_id": [g.id for g in list(parts.buffer)[:2]], "age": [1, 1]}
+
+
+def test_stored_log_probs_are_their_own_groups_where_rows_change_places(tmp_path):
+    """Micro-batches sorted by length, in the real loop: what is stored with a group is what the policy of then says of it."""
+    kw = {"batch__micro_batch": 2, "batch__length_buckets": 4, "sample__max_response_tokens": 16, "batch__mini_batches": 2}
+    _, seen, parts = go(tmp_path, tiny.config(steps=3, **kw), tiny.by_pattern([MIXED, TABLE]))
+    assert any(not (np.diff(batch.bucket) >= 0).all() for _, batch, _ in seen), "all micro-batches were as long"
+    assert parts.built.train_step._cache_size() == 1 and [r["replay/filled"] for r in rows(tmp_path)] == [0, 2, 2]
+    assert all(r["mismatch/mean"] < 1e-5 for r in rows(tmp_path))
+    for group in parts.buffer:
+        params = jax.tree.map(np.asarray, seen[group.version][0].params)
+        logp = np.asarray(parts.built.score(params, lay_out([group], 40, 4)))
+        np.testing.assert_allclose(np.where(group.sampled_mask, cut(logp, group), 0), group.logp_behav, atol=1e-5)
 
 
 def test_a_replayed_group_is_not_stored_again(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import rich.console
 
-from benchmarks.suite import checkpoint, head, loop, replay, report, sampler, startup, train_step, verifiers
+from benchmarks.suite import checkpoint, head, loop, padding, replay, report, sampler, startup, train_step, verifiers
 from benchmarks.suite.report import Line
 from benchmarks.suite.sizes import SIZES, Size, defaults
 from popo_jax import plain
@@ -18,6 +18,7 @@ from popo_jax.types import UserError
 
 CASES: Mapping[str, Callable[[Size], Iterator[Line]]] = {
     "train_step": train_step.run,
+    "padding": padding.run,
     "head": head.run,
     "sampler": sampler.run,
     "replay": replay.run,

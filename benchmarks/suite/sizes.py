@@ -47,6 +47,8 @@ class Size:
     """Bytes of the array whose copy is the machine's bandwidth."""
     seconds: float = 4.0
     """Of rounds for each case, beyond the least number of them."""
+    padded: Config | None = None
+    """The batch whose rows are of uneven lengths; None: rows are too short for a case."""
     head: Head | None = None
     """None: the head is too small for a case."""
     on_cpu: bool = False
@@ -64,7 +66,10 @@ def _small() -> Size:
     limits = {"max_prompt_tokens": 32, "max_response_tokens": 64}
     data: dict[str, Any] = {"model": model, "sample": limits, "eval": {"problems": 64}}
     train, sample = (resolve(from_dict(data | {"batch": {"prompts": P, "group_size": 8}})) for P in (16, 8))
-    return Size("small", "4.8 M parameters; the head is Qwen2.5-0.5B's", train, sample, head=Head(), on_cpu=True)
+    longer = data | {"sample": {"max_prompt_tokens": 64, "max_response_tokens": 320}, "batch": {"prompts": 4, "group_size": 8}}
+    padded = resolve(from_dict(plain.merge(longer, {"batch": {"micro_batch": 4}})))
+    about = "4.8 M parameters; the head is Qwen2.5-0.5B's"
+    return Size("small", about, train, sample, padded=padded, head=Head(), on_cpu=True)
 
 
 def _qwen(name: str, row: tuple[int, int], **shape: Any) -> Size:
@@ -76,7 +81,13 @@ def _qwen(name: str, row: tuple[int, int], **shape: Any) -> Size:
     limits = {"max_prompt_tokens": 512, "max_response_tokens": 512, "chunk": 32}
     sample = resolve(from_dict({"model": model, "batch": {"prompts": 32, "group_size": 8}, "sample": limits}))
     return Size(
-        name, f"Qwen2.5-{name.upper()}, random weights", train, sample, head=Head(shape["vocab_size"], shape["width"]), **LARGE
+        name,
+        f"Qwen2.5-{name.upper()}, random weights",
+        train,
+        sample,
+        padded=train,
+        head=Head(shape["vocab_size"], shape["width"]),
+        **LARGE,
     )
 
 
@@ -105,7 +116,7 @@ def defaults(platform: str) -> list[str]:
 def built(c: Config, devices: int) -> Built:
     """The compiled side of `c`; on several accelerators its weights are split, and a micro-batch has a row for each."""
     vocab = c.model.vocab_size or TOKENIZER.vocab_size
-    if c.batch.micro_batch is not None:
+    if isinstance(c.batch.micro_batch, int):
         batch = dataclasses.replace(c.batch, micro_batch=c.batch.micro_batch * devices)
         c = resolve(dataclasses.replace(c, batch=batch, mesh=dataclasses.replace(c.mesh, fsdp=devices)))
     return build(c, dataclasses.replace(c.model, vocab_size=vocab), eos_ids=TOKENIZER.eos_ids, mesh=make_mesh(c))

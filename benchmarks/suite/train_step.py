@@ -12,17 +12,16 @@ from benchmarks.suite.measure import Timed, beside_peak, compiled
 from benchmarks.suite.report import Line, line
 from benchmarks.suite.sizes import Size, built
 from popo_jax.build import Built
-from popo_jax.config import Config
-from popo_jax.rl.state import Batch
+from popo_jax.data.arrange import arrange
+from popo_jax.rl.state import Batch, batch_specs
 from popo_jax.runtime.mesh import place
-from popo_jax.sharding import BATCH
 
 
 def run(size: Size) -> Iterator[Line]:
     """A train step on full rows, half of them replayed; the forward pass alone."""
     b = built(size.train, jax.device_count())
     c, shape = b.c, b.model.c
-    batch = place(random_batch(b), b.mesh, BATCH)
+    batch = place(random_batch(b), b.mesh, batch_specs())
     state = b.state(b.fresh_params(jax.random.key(0)))
     step, score = compiled(b.train_step, state, batch), compiled(b.score, state.params, batch.tokens)
     holder = [state]
@@ -59,6 +58,10 @@ def run(size: Size) -> Iterator[Line]:
 
 
 def random_batch(b: Built) -> Batch:
+    return Batch(**arrange(random_rows(b), b.split)[0])  # type: ignore[arg-type]
+
+
+def random_rows(b: Built) -> dict[str, np.ndarray]:
     """Full rows: a prompt, then counted tokens; every other group replayed, with behaviour log-probs near uniform."""
     c, vocab = b.c, b.model.c.vocab_size
     assert vocab is not None
@@ -66,21 +69,13 @@ def random_batch(b: Built) -> Batch:
     mask = np.broadcast_to(np.arange(c.row_tokens) >= c.sample.max_prompt_tokens, shape)
     logp = np.where(mask, -np.log(vocab), 0).astype(np.float32)
     fresh = np.arange(c.rows) // c.batch.group_size % 2 == 0
-    return Batch(
-        tokens=rng.integers(0, vocab, shape).astype(np.int32),
-        sampled_mask=mask.copy(),
-        token_mask=mask.copy(),
-        logp_behav=logp,
-        logp_sampler=logp,
-        adv=rng.normal(size=c.rows).astype(np.float32),
-        fresh=fresh,
-        version=np.where(fresh, 0, -1).astype(np.int32),
-    )
-
-
-def abstract_batch(c: Config) -> Batch:
-    """Shapes and dtypes of a batch, to compile for without making one."""
-    tokens = {"tokens": "i4", "sampled_mask": "?", "token_mask": "?", "logp_behav": "f4", "logp_sampler": "f4"}
-    rows = {"adv": "f4", "fresh": "?", "version": "i4"}
-    per_token = {k: jax.ShapeDtypeStruct((c.rows, c.row_tokens), np.dtype(v)) for k, v in tokens.items()}
-    return Batch(**per_token, **{k: jax.ShapeDtypeStruct((c.rows,), np.dtype(v)) for k, v in rows.items()})
+    return {
+        "tokens": rng.integers(0, vocab, shape).astype(np.int32),
+        "sampled_mask": mask.copy(),
+        "token_mask": mask.copy(),
+        "logp_behav": logp,
+        "logp_sampler": logp,
+        "adv": rng.normal(size=c.rows).astype(np.float32),
+        "fresh": fresh,
+        "version": np.where(fresh, 0, -1).astype(np.int32),
+    }

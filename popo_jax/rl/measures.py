@@ -42,7 +42,7 @@ def sums(
     centre, behav = anchors
     mask, fresh = batch.token_mask, batch.fresh[:, None]
     is_fresh, is_replayed = mask & fresh, mask & ~fresh
-    own = batch.sampled_mask & (batch.version == step)[:, None]
+    own = mask & (batch.version == step)[:, None]
     ratio = ratios(logp, centre, mask)
     w = jnp.where(is_replayed, weights(centre, behav, is_replayed), 0.0)
     low = (batch.adv[:, None] < 0) & (ratio < 1 - c.loss.clip_low)

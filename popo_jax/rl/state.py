@@ -6,13 +6,19 @@ import enum
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from popo_jax.config import Config
+from popo_jax.sharding import BATCH
 
 Params = Any
 
 
 class Batch(NamedTuple):
-    """B = P * G rows, row s * G + g is response g of slot s; prompt, response, padding, from column 0.
+    """B = P * G rows, row s * G + g is response g of slot s, but for changes of place within a mini-batch (data/arrange.py);
+    prompt, response, padding, from column 0.
 
     Position t of a per-token array speaks of token t.
     """
@@ -29,6 +35,26 @@ class Batch(NamedTuple):
     fresh: Bool[Array, " B"]
     version: Int[Array, " B"]
     logp_ref: Float[Array, "B T"] | None = None
+    bucket: Int[Array, "M n"] | None = None
+    """Which of `Config.lengths` each micro-batch is computed up to, -1: not at all (data/arrange.py). None: all of it."""
+
+
+def batch_specs() -> Any:
+    """A Batch that says how each field lies on the mesh."""
+    return Batch(**dict.fromkeys(Batch._fields, BATCH) | {"bucket": PartitionSpec()})  # type: ignore[arg-type]
+
+
+def abstract_batch(c: Config) -> Batch:
+    """Shapes and dtypes of a run's batches, to compile for without making one."""
+    f32, i32, flag = jnp.float32, jnp.int32, jnp.bool_
+    kinds: dict[str, Any] = {"tokens": i32, "sampled_mask": flag, "token_mask": flag, "logp_behav": f32, "logp_sampler": f32}
+    kinds |= {"logp_ref": f32} if c.loss.kl_coef else {}
+    per_token: dict[str, Any] = {k: jax.ShapeDtypeStruct((c.rows, c.row_tokens), v) for k, v in kinds.items()}
+    per_row: dict[str, Any] = {
+        k: jax.ShapeDtypeStruct((c.rows,), v) for k, v in {"adv": f32, "fresh": flag, "version": i32}.items()
+    }
+    bucket: Any = jax.ShapeDtypeStruct((c.batch.mini_batches, c.micro_batches), i32)
+    return Batch(**per_token, **per_row, bucket=bucket)
 
 
 class TrainState(NamedTuple):
@@ -42,7 +68,7 @@ class StepOut(NamedTuple):
     metrics: dict[str, Float[Array, ""]]
     """NaN where there is nothing to speak of (no replayed row, say)."""
     logp_start: Float[Array, "B T"]
-    """Float32, under the parameters at entry, temperature applied; 0 where not sampled."""
+    """Float32, under the parameters at entry, temperature applied; 0 where not counted."""
 
 
 class Purpose(enum.IntEnum):
@@ -52,9 +78,11 @@ class Purpose(enum.IntEnum):
     SAMPLE = 1
     EVAL = 2
     WARM_START = 3
+    ROUND = 4
+    """Rounding to bfloat16; of seed 0 in every run, so that the seed is no part of the compiled step."""
 
 
-def key_for(seed: int, purpose: Purpose, step: int, *more: int) -> jax.Array:
+def key_for(seed: int, purpose: Purpose, step: Any, *more: int) -> jax.Array:
     """fold_in(fold_in(root, purpose), step), then one fold for each of `more` (dapo's round, a task's index)."""
     key = jax.random.fold_in(jax.random.key(seed), int(purpose))
     for number in (step, *more):

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from popo_jax.models.decoder import Decoder
 from popo_jax.ops.masked import masked_mean
-from popo_jax.rl.state import Params, TrainState
+from popo_jax.rl.optim import apply
+from popo_jax.rl.state import Params, Purpose, TrainState, key_for
 
 
 def supervised_step(
@@ -27,6 +28,5 @@ def supervised_step(
         return -masked_mean(model.logprobs(params, tokens, temperature=1.0)[0], answer_mask)
 
     loss, grads = jax.value_and_grad(loss_of)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda u, p: (-rate * u).astype(p.dtype), updates, state.params))
+    params, opt_state, _ = apply(tx, grads, state.opt_state, state.params, rate, key_for(0, Purpose.ROUND, state.step))
     return TrainState(state.step + 1, params, opt_state), jnp.asarray(loss, jnp.float32)

@@ -1,7 +1,7 @@
 """The train step: log-probs, decoupled surrogate, gradient, AdamW. Pure; `build` jits it, nothing here does.
 
-Mini-batches are a scan over optimizer steps, micro-batches a scan inside that accumulates gradients. Both take rows in
-strides, so a batch sharded over its rows stays sharded and a mini-batch holds whole groups (slots s with s mod M == m).
+Mini-batches are a scan over optimizer steps, micro-batches a loop inside that accumulates gradients (`rl/micro.py`). A mini-batch
+holds whole groups: slots s with s mod M == m.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from popo_jax.models import lora
 from popo_jax.models.decoder import Decoder
 from popo_jax.ops.losses import decoupled_surrogate, denominator, k3, numerator, sequence_behaviour
 from popo_jax.rl import measures
-from popo_jax.rl.optim import learning_rate
-from popo_jax.rl.state import Batch, Params, StepOut, TrainState
+from popo_jax.rl.micro import join_rows, join_slots, over_micro_batches, split_rows, split_slots
+from popo_jax.rl.optim import apply, learning_rate, wide
+from popo_jax.rl.state import Batch, Params, Purpose, StepOut, TrainState, key_for
 
 
 def train_step(
@@ -31,29 +32,28 @@ def train_step(
     come from the gradient's own forward pass; with several from one gradient-free pass first. A mini-batch without a
     counted token, or with a loss or gradient that is not finite, is not applied (`update/skipped`, `update/nonfinite`).
     """
-    M = c.batch.mini_batches
-    logp_prox = None if M == 1 else start_logprobs(state.params, batch, model=model, c=c)
+    M, G = c.batch.mini_batches, c.batch.group_size
     trained, frozen = lora.split(state.params, model.c)
-    minis = jax.tree.map(lambda x: split_slots(x, M, c.batch.group_size), (batch, logp_prox))
-    rate = learning_rate(c.optim, c.steps)(state.step)
+    rows = jax.tree.map(lambda x: split_slots(x, M, G), batch._replace(bucket=None))
+    minis = rows._replace(bucket=batch.bucket)
+    logp_prox = None if M == 1 else start_logprobs(state.params, minis, model=model, c=c)
+    rate, keys = learning_rate(c.optim, c.steps)(state.step), jax.random.split(key_for(0, Purpose.ROUND, state.step), M)
 
-    def mini_step(carry: tuple[Params, Any], mini: tuple[Batch, Any]) -> tuple[tuple[Params, Any], tuple[Any, Any]]:
-        params, opt_state = carry
-        grads, sums, logp = gradient(params, frozen, *mini, state.step, model=model, c=c)
+    def mini_step(carry: tuple[Params, Any], mini: tuple[Batch, Any, jax.Array]) -> tuple[tuple[Params, Any], tuple[Any, Any]]:
+        (params, opt_state), (rows, prox, key) = carry, mini
+        grads, sums, logp = gradient(params, frozen, rows, prox, state.step, model=model, c=c)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
         applied = finite & (sums["tokens"] > 0)
-        updates, new_opt = tx.update(grads, opt_state, params)
-        updates = jax.tree.map(lambda u, p: (-rate * u).astype(p.dtype), updates, params)
-        new = (optax.apply_updates(params, updates), new_opt)
-        carry = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, carry)
-        moved = jnp.where(applied, optax.global_norm(updates), 0.0)
+        *new, moves = apply(tx, grads, opt_state, params, rate, key)
+        carry = jax.tree.map(lambda n, o: jnp.where(applied, n, o), tuple(new), carry)
+        moved = jnp.where(applied, optax.global_norm(moves), 0.0)
         sums |= {"grad_norm": norm, "update_norm": moved, "skipped": sums["tokens"] == 0, "nonfinite": ~finite}
         return carry, (sums, logp)
 
-    (params, opt_state), (sums, logp) = jax.lax.scan(mini_step, (trained, state.opt_state), minis)
-    logp_start = join_slots(logp, c.batch.group_size) if logp_prox is None else logp_prox
-    logp_start = jnp.where(batch.sampled_mask, logp_start, 0.0)
+    (params, opt_state), (sums, logp) = jax.lax.scan(mini_step, (trained, state.opt_state), (minis, logp_prox, keys))
+    logp_start = join_slots(logp if logp_prox is None else logp_prox, G)
+    logp_start = jnp.where(batch.token_mask, logp_start, 0.0)
     metrics = measures.finish(sums) | {"learning_rate": rate}
     return TrainState(state.step + 1, lora.join(params, frozen), opt_state), StepOut(metrics, logp_start)
 
@@ -61,13 +61,11 @@ def train_step(
 def gradient(
     params: Params, frozen: Params, mini: Batch, logp_prox: Float[Array, "b T"] | None, step: Array, *, model: Decoder, c: Config
 ) -> tuple[Params, dict[str, Array], Float[Array, "b T"]]:
-    """Gradient of one mini-batch's loss in `params`, sums for the metrics, and log-probs [b, T]; `frozen`: the other weights."""
+    """Gradient of one mini-batch's loss in `params`, float32; sums for the metrics; log-probs [b, T]. `frozen`: other weights."""
     limit = c.sample.max_response_tokens
     below = jnp.maximum(denominator(mini.token_mask, aggregation=c.loss.aggregation, response_limit=limit), 1.0)
-    n = 1 if c.batch.micro_batch is None else mini.tokens.shape[0] // c.batch.micro_batch
-    micros = jax.tree.map(lambda x: split_rows(x, n), (mini, logp_prox))
 
-    def loss_of(params: Params, micro: Batch, prox: Float[Array, "r T"] | None) -> tuple[Array, tuple[dict[str, Array], Array]]:
+    def loss_of(params: Params, micro: Batch, prox: Float[Array, "r t"] | None) -> tuple[Array, tuple[dict[str, Array], Array]]:
         logp, entropy = model.logprobs(lora.join(params, frozen), micro.tokens, temperature=c.sample.temperature)
         prox = jax.lax.stop_gradient(logp) if prox is None else prox
         around = anchors(prox, micro, c=c)
@@ -76,13 +74,17 @@ def gradient(
         sums = measures.sums(*jax.lax.stop_gradient((logp, entropy, prox, around)), micro, step, c=c)
         return loss, (sums | {"loss": loss}, logp)
 
-    def one(total: tuple[Params, dict[str, Array]], micro: tuple[Batch, Any]) -> tuple[Any, Array]:
+    def one(micro: tuple[Batch, Any]) -> tuple[tuple[Params, dict[str, Array]], Array]:
         (_, (sums, logp)), grads = jax.value_and_grad(loss_of, has_aux=True)(params, *micro)
-        return (jax.tree.map(jnp.add, total[0], grads), measures.add(total[1], sums)), logp
+        return (wide(grads), sums), logp
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    (grads, sums), logp = jax.lax.scan(one, (zeros, measures.zero()), micros)
-    return grads, sums, join_rows(logp)
+    def add(total: tuple[Params, dict[str, Array]], new: tuple[Params, dict[str, Array]]) -> tuple[Params, dict[str, Array]]:
+        return jax.tree.map(jnp.add, total[0], new[0]), measures.add(total[1], new[1])
+
+    zero = jax.tree.map(jnp.zeros_like, wide(params)), measures.zero()
+    rows = mini._replace(bucket=None), logp_prox
+    (grads, sums), logp = over_micro_batches(one, zero, add, rows, mini.bucket, c=c)
+    return grads, sums, logp
 
 
 def objective_terms(
@@ -124,11 +126,16 @@ def anchors(prox: Array, batch: Batch, *, c: Config) -> tuple[Float[Array, "b T"
     return prox, behav
 
 
-def start_logprobs(params: Params, batch: Batch, *, model: Decoder, c: Config) -> Float[Array, "B T"]:
-    """Log-probs of every row under `params`, float32, without a gradient, a micro-batch at a time."""
-    rows = batch.tokens.shape[0]
-    n = 1 if c.batch.micro_batch is None else rows // c.batch.micro_batch
-    return score(params, batch.tokens, model=model, temperature=c.sample.temperature, parts=n)
+def start_logprobs(params: Params, minis: Batch, *, model: Decoder, c: Config) -> Float[Array, "M b T"]:
+    """Log-probs of every row that counts under `params`, float32, without a gradient, a micro-batch at a time."""
+
+    def one(tokens: Array) -> tuple[None, Array]:
+        return None, model.logprobs(params, tokens, temperature=c.sample.temperature)[0]
+
+    def mini(_: None, mini: Batch) -> tuple[None, Array]:
+        return over_micro_batches(one, None, lambda *_: None, mini.tokens, mini.bucket, c=c)
+
+    return jax.lax.scan(mini, None, minis)[1]
 
 
 def score(params: Params, tokens: Array, *, model: Decoder, temperature: float, parts: int = 1) -> Float[Array, "B T"]:
@@ -138,25 +145,3 @@ def score(params: Params, tokens: Array, *, model: Decoder, temperature: float, 
         return None, model.logprobs(params, part, temperature=temperature)[0]
 
     return join_rows(jax.lax.scan(one, None, split_rows(tokens, parts))[1])
-
-
-def split_slots(x: Array, M: int, G: int) -> Array:
-    """[P*G, ...] -> [M, P/M*G, ...]: entry m holds the slots s with s mod M == m, in order."""
-    slots = x.reshape(x.shape[0] // (M * G), M, G, *x.shape[1:])
-    return slots.swapaxes(0, 1).reshape(M, -1, *x.shape[1:])
-
-
-def join_slots(x: Array, G: int) -> Array:
-    """Inverse of `split_slots`."""
-    M, rows = x.shape[:2]
-    return x.reshape(M, rows // G, G, *x.shape[2:]).swapaxes(0, 1).reshape(M * rows, *x.shape[2:])
-
-
-def split_rows(x: Array, n: int) -> Array:
-    """[b, ...] -> [n, b/n, ...]: part j holds the rows r with r mod n == j."""
-    return x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
-
-
-def join_rows(x: Array) -> Array:
-    """Inverse of `split_rows`."""
-    return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])

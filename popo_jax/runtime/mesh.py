@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from popo_jax.config import Config
 from popo_jax.types import UserError
@@ -82,10 +82,10 @@ def divide_cpu(n: int) -> None:
         return  # the backend is up
 
 
-def place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """Host arrays onto the mesh, every leaf by `spec`."""
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
+    """Host arrays onto the mesh by `specs`: one for all, or a tree of them."""
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return jax.device_put(tree, shardings)
 
 
 def fetch(tree: Any) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.suite import flops, loop, measure, registry, replay, report, sampler, startup, train_step
+from benchmarks.suite import flops, loop, measure, registry, replay, report, sampler, startup
 from benchmarks.suite.forced import Forced, equal, uniform
 from benchmarks.suite.load import Load
 from benchmarks.suite.measure import Timed, rounds
@@ -25,7 +25,7 @@ from popo_jax import cli
 from popo_jax.config import ModelConfig
 from popo_jax.models.decoder import Decoder
 from popo_jax.replay.fill import fill
-from popo_jax.rl.state import TrainState
+from popo_jax.rl.state import TrainState, abstract_batch
 from popo_jax.sampling import sampler as sampling
 from popo_jax.sampling.sampler import Sampler
 from tests import tiny
@@ -35,7 +35,9 @@ WIDE = ModelConfig(vocab_size=512, layers=3, width=256, heads=4, kv_heads=2, hea
 TOLERANCE = 0.02
 """What norms, softmax and activations add to the products, at most."""
 C = tiny.config(sample__max_response_tokens=12)
-MICRO = Size("micro", "for tests", C, C, side=32, copied=1 << 12, seconds=0.0, head=Head(512, 16, kept=(4, 256), timed=(2, 16)))
+PADDED = tiny.config(sample__max_response_tokens=40, batch__micro_batch=2, batch__length_buckets=4)
+HEAD = Head(512, 16, kept=(4, 256), timed=(2, 16))
+MICRO = Size("micro", "for tests", C, C, side=32, copied=1 << 12, seconds=0.0, padded=PADDED, head=HEAD)
 
 
 def counted(f, *args) -> float:
@@ -162,7 +164,7 @@ def test_large_sizes_lower_without_being_allocated(name, millions):
     b = built(SIZES[name].train, 1)
     assert sum(x.size for x in jax.tree.leaves(b.abstract_state.params)) / 1e6 == pytest.approx(millions, abs=0.1)
     rows, T = b.c.rows, b.c.row_tokens
-    state, out = b.train_step.lower(b.abstract_state, train_step.abstract_batch(b.c)).out_info
+    state, out = b.train_step.lower(b.abstract_state, abstract_batch(b.split)).out_info
     assert isinstance(state, TrainState) and out.logp_start.shape == (rows, T)
     b = built(SIZES[name].sample, 1)
     c, model = sampler.endless(b), b.model
@@ -246,6 +248,7 @@ def test_a_line_has_every_key_and_its_figures():
 
 CASES = {
     "train_step": ["train_step", "train_step/forward"],
+    "padding": ["padding/whole", "padding/cut", "padding/half"],
     "head": ["head/plain", "head/chunked"],
     "sampler": [f"sampler/{x}" for x in ("prefill", "decode", "whole", "equal", "uniform")],
     "replay": ["replay/fill", "replay/assemble", "replay/store"],
@@ -270,6 +273,11 @@ def test_every_case_runs(case):
         assert lines["sampler/equal"].extra["lengths"] == [7, 7.0, 7]
         low, _, high = lines["sampler/uniform"].extra["lengths"]
         assert 1 <= low < high <= 12 and lines["sampler/uniform"].extra["of_equal"] > 0
+    if case == "padding":
+        whole, cut, half = (lines[f"padding/{x}"].extra for x in ("whole", "cut", "half"))
+        assert whole["computed_share"] == whole["of_whole"] == 1 and whole["lengths"] == [64]
+        assert cut["needed_share"] == whole["needed_share"] <= cut["computed_share"] < 1 and len(cut["lengths"]) > 2
+        assert half["computed_share"] < cut["computed_share"] and half["needed_share"] < cut["needed_share"]
     if case == "head":
         plain, chunked = (lines[f"head/{x}"].extra for x in ("plain", "chunked"))
         assert plain["of_plain"] == plain["kept_of_plain"] == 1 and chunked["of_plain"] > 0
