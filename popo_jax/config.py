@@ -267,6 +267,22 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """How a problem's text becomes a prompt."""
+
+    template: bool | None = None
+    """None: in the tokenizer's chat template where it has one; false: as it is, with the tokenizer's special tokens."""
+    system: str | None = None
+    """A system message before it."""
+    thinking: bool | None = None
+    """enable_thinking of the template (Qwen3); None: not given."""
+    date: str | None = None
+    """YYYY-MM-DD, the template's strftime_now (Llama 3.2); None: today, which a run keeps."""
+    prefix: str = ""
+    """What every response is begun with, e.g. "<think>\n"; graded with it."""
+
+
+@dataclass(frozen=True)
 class BatchConfig:
     prompts: int = 32
     """P, prompts per step."""
@@ -427,6 +443,7 @@ class Config:
     tasks: tuple[TaskConfig, ...] = (TaskConfig(),)
     verifier: PoolConfig = PoolConfig()
     policy: PolicyConfig = PolicyConfig()
+    chat: ChatConfig = ChatConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     batch: BatchConfig = BatchConfig()

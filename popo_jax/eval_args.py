@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from popo_jax.types import UserError
+
+CHAT = ("template", "system", "thinking", "prefix")
+"""Options that are a config's `chat`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class EvalArgs:
     """Answers sampled at once, graded and written together. None: as in training; 256 for a checkpoint."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """A checkpoint's weights and computation. None: bfloat16 on an accelerator, float32 on a CPU."""
+    template: bool | None = None
+    """A checkpoint's prompts in its chat template; None: where it has one."""
+    system: str | None = None
+    """A system message."""
+    thinking: bool | None = None
+    """enable_thinking of the template (Qwen3)."""
+    prefix: str = ""
+    """What every answer is begun with."""
     step: int | None = None
     """Of a run. None: the newest checkpoint."""
     seed: int = 0
@@ -54,6 +65,12 @@ class EvalArgs:
     def samples(self) -> int:
         """Answers to a problem."""
         return max(self.k, default=16)
+
+    @property
+    def of_checkpoint(self) -> dict[str, Any]:
+        """Options given that only a checkpoint has: a run has its own."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {n: v for n in ("dtype", *CHAT) if (v := getattr(self, n)) != defaults[n]}
 
     def check(self) -> None:
         """Errors: UserError for the first option out of its range, or that does not go with another."""
@@ -71,6 +88,8 @@ class EvalArgs:
             for f in dataclasses.fields(self):
                 if f.name not in read and getattr(self, f.name) != f.default:
                     yield f"popo eval --answers: --{f.name.replace('_', '-')} is not read, nothing is sampled"
+        if self.template is False and (self.system is not None or self.thinking is not None):
+            yield "--system and --thinking go with a chat template, got --template False"
         for name in ("problems", "rows", "max_prompt_tokens", "max_response_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

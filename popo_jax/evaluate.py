@@ -58,7 +58,8 @@ def answer(
     responses = sample(params, [p.tokens for p in prompts], key, version=version, first=first)
     k = len(responses.tokens) // len(prompts)
     texts = tuple(decode(row[mask]) for row, mask in zip(responses.tokens, responses.sampled_mask, strict=True))
-    verdicts = tuple(grade([(prompts[i // k].task, t, prompts[i // k].answer) for i, t in enumerate(texts)]))
+    of = [prompts[i // k] for i in range(len(texts))]
+    verdicts = tuple(grade([(p.task, p.begun + t, p.answer) for p, t in zip(of, texts, strict=True)]))
     correct = np.nan_to_num(np.array([v.correct for v in verdicts], np.float32)).reshape(len(prompts), k)
     lengths = responses.sampled_mask.sum(axis=1, dtype=np.int32)
     return Answers(tuple(prompts), texts, verdicts, correct, lengths, responses.ended, version)

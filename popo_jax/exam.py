@@ -20,7 +20,7 @@ from popo_jax import answers, build, evaluate, problems, restore, run_dir
 from popo_jax.answers import Sheet
 from popo_jax.build import Built
 from popo_jax.config import Config, TaskConfig, from_dict
-from popo_jax.eval_args import EvalArgs
+from popo_jax.eval_args import CHAT, EvalArgs
 from popo_jax.evaluate import Answers
 from popo_jax.models import hub
 from popo_jax.policy import Policy
@@ -91,8 +91,8 @@ def open_subject(a: EvalArgs) -> Subject:
     """Errors: UserError if `a.model` is neither a run, nor a checkpoint, nor on the hub."""
     name = str(a.model)
     if (epath.Path(name) / "config.yaml").exists():
-        if a.dtype is not None:
-            raise UserError(f"--dtype goes with a checkpoint, {name} is a run: it has its own")
+        if a.of_checkpoint:
+            raise UserError(f"--{next(iter(a.of_checkpoint))} goes with a checkpoint, {name} is a run: it has its own")
         r = restore.restore(name, a.step, lambda c: _limited(a, c))
         return Subject(r.c, r.policy, r.built, r.state.params, r.step, epath.Path(name), "")
     if a.step is not None:
@@ -104,7 +104,8 @@ def open_subject(a: EvalArgs) -> Subject:
             f"{name} must be a run directory (with config.yaml), a checkpoint (with config.json) or a hub id, got {got}"
         )
     limits = {"max_prompt_tokens": PROMPT_TOKENS, "max_response_tokens": RESPONSE_TOKENS}
-    c = _limited(a, resolve(from_dict({"policy": {"path": str(folder)}, "sample": limits}, "popo eval")))
+    chat = {k: v for k, v in a.of_checkpoint.items() if k in CHAT}
+    c = _limited(a, resolve(from_dict({"policy": {"path": str(folder)}, "sample": limits, "chat": chat}, "popo eval")))
     mesh = make_mesh(c)
     dtype = a.dtype or ("float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
     c = replace(c, model=replace(c.model, dtype=dtype, param_dtype=dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import popo_jax.policy as policies
 from popo_jax import build, evaluate, plain, problems, run_dir, sft, train
 from popo_jax.build import Built
 from popo_jax.config import Config
+from popo_jax.data.chat import dated
 from popo_jax.data.selection import Mopps
 from popo_jax.data.stream import PromptStream
 from popo_jax.journal import Journal
@@ -62,6 +63,7 @@ def _new(c: Config, grade: GradeFn, console: Console) -> dict[str, Any]:
     run_dir.create(c, make=False)  # refused before the warm start, made when nothing else can be refused
     folder = sft.starting_policy(c, mesh, console.say)
     policy = policies.describe(folder, c)
+    c = replace(c, chat=dated(c.chat, policy.tokenizer))  # a run's prompts do not change overnight
     sources = problems.load(c, policy.tokenizer)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh, fit=True)
     params = built.load(folder, key_for(c.seed, Purpose.INIT, 0))

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from popo_jax.config import Config, TaskConfig
+from popo_jax.data import chat as chats
+from popo_jax.data.chat import Chat
 from popo_jax.data.stream import Source
 from popo_jax.data.tokenizer import Tokenizer
 from popo_jax.tasks import get_task, mathematics
@@ -27,26 +29,28 @@ class Problems:
 
 
 def load(c: Config, tokenizer: Tokenizer) -> Problems:
-    """Training and held-out sources of every task. Errors: UserError for bad files, prompts over the limit."""
+    """Training and held-out sources of every task. Errors: UserError for bad files, prompts over the limit, chat settings."""
+    chat = chats.open_chat(c.chat, tokenizer)
     train: list[Source] = []
     held_out: list[Source] = []
     for i, config in enumerate(c.tasks):
         task = get_task(config.name)
         for problems, out, file in zip(task.load(config), (train, held_out), ("train_file", "eval_file"), strict=True):
             where = getattr(config, file) or _origin(config) or f"tasks.{i} ({config.name}, generated)"
-            out.append(_source(config, problems, where, c, tokenizer))
+            out.append(_source(config, problems, where, c, chat))
     return Problems(tuple(train), tuple(held_out))
 
 
 def load_all(config: TaskConfig, c: Config, tokenizer: Tokenizer) -> Source:
     """Every problem of a mathematics file or data set, undivided. Errors: UserError, as `load`."""
-    return _source(config, mathematics.load_all(config), _origin(config) or config.name, c, tokenizer)
+    chat = chats.open_chat(c.chat, tokenizer)
+    return _source(config, mathematics.load_all(config), _origin(config) or config.name, c, chat)
 
 
-def _source(config: TaskConfig, problems: Sequence[Mapping[str, Any]], where: str, c: Config, tokenizer: Tokenizer) -> Source:
+def _source(config: TaskConfig, problems: Sequence[Mapping[str, Any]], where: str, c: Config, chat: Chat) -> Source:
     """Checked: every prompt fits."""
     task = get_task(config.name)
-    source = Source(config.name, config.weight, problems, task.prompt_text, task.problem_id, task.answer_fields, tokenizer)
+    source = Source(config.name, config.weight, problems, task.prompt_text, task.problem_id, task.answer_fields, chat)
     source.check(c.sample.max_prompt_tokens, where)
     return source
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -61,6 +62,8 @@ def unread(c: Config) -> dict[str, str]:
         keys["batch.memory_gb"] = "batch.micro_batch is not auto"
     if c.model.lora.rank is None:
         keys |= {f"model.lora.{k}": "model.lora.rank is null" for k in ("alpha", "targets")}
+    if c.chat.template is False:
+        keys |= {f"chat.{k}": "chat.template is false" for k in ("system", "thinking", "date")}
     for i, task in enumerate(c.tasks):
         for name in TASK_NAMES:
             if task.name != name:
@@ -219,7 +222,15 @@ def _broken_relations(c: Config) -> Iterator[str]:
             max(c.seed, c.warm_start.seed) < 2**32,
             f"seed and warm_start.seed must be below 2^32, got {c.seed}, {c.warm_start.seed}",
         ),
+        (c.chat.date is None or _is_day(c.chat.date), f"chat.date must be a day as YYYY-MM-DD, got {c.chat.date!r}"),
         (not weighs or s.top_p == 1, f"sample.top_p must be 1.0 {full}, got {s.top_p}"),
         (not weighs or s.top_k is None, f"sample.top_k must be off {full}, got {s.top_k}"),
     )
     yield from (sentence for holds, sentence in rules if not holds)
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

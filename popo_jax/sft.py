@@ -22,6 +22,7 @@ import popo_jax.policy as policies
 from popo_jax import build, plain, problems
 from popo_jax.config import TASK_NAMES, Config, OptimConfig
 from popo_jax.data import stream
+from popo_jax.data.chat import open_chat
 from popo_jax.data.tokenizer import characters
 from popo_jax.models import lora
 from popo_jax.models.hub import locate
@@ -32,6 +33,7 @@ from popo_jax.runtime import mesh as meshes
 from popo_jax.runtime.mesh import cache_dir
 from popo_jax.sharding import BATCH, row_shards
 from popo_jax.tasks import get_task
+from popo_jax.tasks.tags import split_thinking
 from popo_jax.types import UserError
 
 REPORTS = 5
@@ -94,7 +96,8 @@ def warm_start(c: Config, policy: Policy, mesh: Mesh, say: Callable[[str], None]
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     step = build.supervised(built.model, tx)
     examples = Examples(c, policy)
-    batches = iter(stream.supervised(examples, policy.tokenizer, batch=w.batch, T=c.row_tokens, seed=w.seed))
+    chat = open_chat(c.chat, policy.tokenizer)
+    batches = iter(stream.supervised(examples, chat, batch=w.batch, T=c.row_tokens, seed=w.seed))
     rate = optax.warmup_cosine_decay_schedule(0.0, w.learning_rate, min(20, w.steps // 10), w.steps, w.learning_rate / 10)
     for i in range(w.steps):
         batch = meshes.place(next(batches), mesh, BATCH)
@@ -105,7 +108,7 @@ def warm_start(c: Config, policy: Policy, mesh: Mesh, say: Callable[[str], None]
 
 
 class Examples:
-    """Teacher's examples by index, each drawn anew: (prompt, answer)."""
+    """Teacher's examples by index, each drawn anew: (prompt, answer). Thinking that the prompt opens is closed at once."""
 
     def __init__(self, c: Config, policy: Policy):
         self._w = c.warm_start
@@ -120,4 +123,6 @@ class Examples:
         rng = np.random.default_rng([self._w.seed, i])
         source = self._sources[rng.choice(len(self._sources), p=self._shares)] if len(self._sources) > 1 else self._sources[0]
         problem: Mapping[str, Any] = source.problems[int(rng.integers(len(source.problems)))]
-        return source.text(problem), get_task(source.task).teacher_answer(problem, rng, right=self._w.right)
+        prompt, answer = source.prompt(problem), get_task(source.task).teacher_answer(problem, rng, right=self._w.right)
+        thinks = split_thinking(prompt.begun)[1] is None
+        return prompt.text, f"</think>\n{answer}" if thinks else answer

@@ -35,6 +35,8 @@ class Prompt:
     """int32 [n], n >= 1."""
     answer: Mapping[str, Any]
     """Keyword fields of the task's `grade`."""
+    begun: str = ""
+    """What of the response stands in `text` already: `grade` reads it before what was sampled."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import yaml
 
 from popo_jax import cli, launch, plain
 from popo_jax.config import PRESETS, from_dict, without_preset
-from popo_jax.rules import resolve
+from popo_jax.rules import resolve, unread
 from popo_jax.types import UserError
 from tests import tiny
 from tests.killable import lucky
@@ -118,6 +118,14 @@ def test_a_file_may_hold_what_the_algorithm_does_not_read(config):
     said.clear()
     cli.parse_config(str(config), [], said.append)
     assert said == []
+
+
+def test_chat_settings_that_a_raw_prompt_does_not_read(config):
+    said: list[str] = []
+    config.write_text(yaml.safe_dump(tiny.BASE | {"chat": {"template": False, "system": "x", "thinking": True, "prefix": "="}}))
+    assert cli.parse_config(str(config), [], said.append).chat.prefix == "="
+    assert said == ["Not read with algorithm popo: chat.system, chat.thinking"]
+    assert not [key for key in unread(tiny.config(chat__system="x")) if key.startswith("chat")]
 
 
 def test_order_of_precedence(config):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from popo_jax import sft
+from popo_jax import problems, sft
+from popo_jax.tasks import mathematics
 from tests import tiny
 
 
@@ -23,6 +24,7 @@ def task(**more) -> list[dict]:
         {"seed": 5},
         {"algorithm__name": "grpo"},
         {"optim__learning_rate": 1e-5},
+        {"chat__template": False},
         {"tasks": task(arithmetic={"terms": 2})},
     ],
     ids=str,
@@ -38,6 +40,7 @@ def test_what_a_warm_start_does_not_read_leaves_its_key(setting):
         {"warm_start__right": 0.9},
         {"model__layers": 1},
         {"sample__max_response_tokens": 7},
+        {"chat__prefix": "="},
         {"tasks": task(countdown={"train_problems": 63, "eval_problems": 16})},
         {"tasks": [{"name": "arithmetic", "arithmetic": {"train_problems": 64, "eval_problems": 16}}]},
     ],
@@ -45,3 +48,16 @@ def test_what_a_warm_start_does_not_read_leaves_its_key(setting):
 )
 def test_what_it_reads_changes_its_key(setting):
     assert key(**setting) != key()
+
+
+@pytest.mark.parametrize(("prefix", "closing"), [("", ""), ("=", ""), ("<think>\n", "</think>\n"), ("<think></think>", "")])
+def test_the_teacher_closes_thinking_that_the_prompt_opens(prefix, closing):
+    tasks = [{"name": "math", "math": {"train_problems": 64, "eval_problems": 16}}]
+    c = tiny.config(tasks=tasks, chat__prefix=prefix, sample__max_prompt_tokens=400, warm_start__right=1.0)
+    policy = sft.fresh_policy(c)
+    examples, sources = sft.Examples(c, policy), problems.load(c, policy.tokenizer).train
+    known = {p.text: p for p in map(sources[0].prompt, sources[0].problems)}
+    for i in range(8):
+        prompt, answer = examples[i]
+        assert prompt.endswith(prefix) and answer.startswith(closing + "\\boxed")
+        assert mathematics.grade(known[prompt].begun + answer, **known[prompt].answer).reason == "right"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -12,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from popo_jax import train
+from popo_jax.data import tokenizer as tokenizers
 from popo_jax.rl.rollout import cut, lay_out, reference_scorer
 from popo_jax.rl.state import Batch
 from popo_jax.tasks.graders import Graders
 from popo_jax.types import UserError, Verdict
-from tests import tiny
+from tests import chatty, tiny
 
 MIXED = ["mixed"] * 4
 TABLE = ["mixed", "all right", "mixed", "all wrong"]
@@ -460,3 +462,30 @@ def test_a_verifier_that_hangs_and_one_that_ends_cost_their_own_samples_only(tmp
         assert table["score"] == [float(k % 2) if k > 1 else 0.0 for k in kinds]
         assert len(set(kinds)) > 3
     assert rows(tmp_path / "run")[-1]["groups/invalid"] == 0
+
+
+def test_thinking_that_the_template_opened_is_kept_apart(tmp_path):
+    """R1's manner: a response that never closes it is unfinished, one that does is graded by what follows."""
+    tokenizer = tokenizers.load(chatty.save(tmp_path / "policy", chatty.MANNERS["r1"]))
+    lines = [json.dumps({"problem": f"{i} + {7 - i}?", "answer": "7"}) for i in range(8)]
+    for name in ("train", "eval"):
+        half = lines[:4] if name == "train" else lines[4:]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(half) + "\n")
+    files = {"train_file": str(tmp_path / "train.jsonl"), "eval_file": str(tmp_path / "eval.jsonl")}
+    task = {"name": "math", "math": {"instruction": ""}} | files
+    c = tiny.config(steps=1, tasks=[task], chat__system="Reason.", sample__max_prompt_tokens=40)
+    said = {
+        "It is \\boxed{7}.": "unfinished thinking",
+        "8?</think>\\boxed{7}": "right",
+        "7!</think>\\boxed{8}": "wrong",
+        "</think>7<think>": "unfinished thinking",
+    }
+    texts = itertools.cycle(said)
+    parts = tiny.parts(tmp_path / "run", c, tokenizer=tokenizer)
+    parts = dataclasses.replace(parts, collect=dataclasses.replace(parts.collect, decode=lambda _: next(texts)))
+    (tmp_path / "run").mkdir()
+    train.loop(parts, tiny.state(parts.built), tiny.Progress())
+    sampled = pq.read_table(tmp_path / "run" / "samples" / "000001.parquet").to_pylist()
+    assert [(r["text"], r["reason"]) for r in sampled] == list(said.items()) * 4
+    assert {r["prompt"] for r in sampled} == {chatty.r1(f"{i} + {7 - i}?", "Reason.") for i in range(4)}
+    assert all(r["prompt_tokens"] == len(tokenizer.encode(r["prompt"])) and r["signal"] == "effective" for r in sampled)

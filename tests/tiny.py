@@ -15,7 +15,7 @@ from popo_jax.build import Built
 from popo_jax.config import Config, from_dict
 from popo_jax.data.selection import Mopps
 from popo_jax.data.stream import PromptStream
-from popo_jax.data.tokenizer import characters
+from popo_jax.data.tokenizer import Tokenizer, characters
 from popo_jax.replay.buffer import Buffer
 from popo_jax.rl.rollout import Collector
 from popo_jax.rl.state import TrainState
@@ -48,9 +48,9 @@ def config(**dotted: Any) -> Config:
     return resolve(from_dict(plain.merge(BASE, over)))
 
 
-def built(c: Config) -> Built:
-    shape = dataclasses.replace(c.model, vocab_size=TOKENIZER.vocab_size)
-    return build.build(c, shape, eos_ids=TOKENIZER.eos_ids, mesh=make_mesh(c))
+def built(c: Config, tokenizer: Tokenizer = TOKENIZER) -> Built:
+    shape = dataclasses.replace(c.model, vocab_size=tokenizer.vocab_size)
+    return build.build(c, shape, eos_ids=tokenizer.eos_ids, mesh=make_mesh(c))
 
 
 def sharp(params: Any, factor: float = 4.0) -> Any:
@@ -62,15 +62,22 @@ def state(b: Built, seed: int = 0) -> TrainState:
     return b.state(jax.device_put(sharp(b.fresh_params(jax.random.key(seed))), b.shardings))
 
 
-def parts(path: Path, c: Config, *, grade: Callable[..., list[Verdict]] = grade_all, b: Built | None = None) -> train.Parts:
+def parts(
+    path: Path,
+    c: Config,
+    *,
+    grade: Callable[..., list[Verdict]] = grade_all,
+    b: Built | None = None,
+    tokenizer: Tokenizer = TOKENIZER,
+) -> train.Parts:
     """Everything `train.loop` needs; metrics, samples and replays go to `path`."""
-    b = built(c) if b is None else b
+    b = built(c, tokenizer) if b is None else b
     clock, run = Clock(), RunDir.at(path)
-    sources = problems.load(c, TOKENIZER)
+    sources = problems.load(c, tokenizer)
     stream = PromptStream(sources.train, seed=c.seed)
     selection = Mopps(c.selection, seed=c.seed) if c.selection.method == "mopps" else None
     choose = selection.choose if selection is not None else None
-    collect = Collector(c, b.rollout_sampler(), grade, TOKENIZER.decode, stream, None, choose, Clock)
+    collect = Collector(c, b.rollout_sampler(), grade, tokenizer.decode, stream, None, choose, Clock)
     book = journal.Journal(run, Loggers((), run.path, {}), Console())
     nothing = lambda *_: None  # noqa: E731
     return train.Parts(c, b, collect, Buffer(c.replay), selection, lambda *_: {}, book, clock, nothing, lambda: False)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from popo_jax.data.tokenizer import Tokenizer
+from popo_jax.data.chat import Chat
 from popo_jax.types import Prompt, UserError
 
 
@@ -24,18 +24,23 @@ class Source:
     task: str
     weight: float
     problems: Sequence[Mapping[str, Any]]
-    text: Callable[[Mapping[str, Any]], str]
+    wording: Callable[[Mapping[str, Any]], str]
+    """What is asked, before any chat template."""
     id: Callable[[Mapping[str, Any]], str]
     answer: Callable[[Mapping[str, Any]], Mapping[str, Any]]
-    tokenizer: Tokenizer
+    chat: Chat
+
+    def text(self, problem: Mapping[str, Any]) -> str:
+        """What the policy reads."""
+        return self.chat.render(self.wording(problem))
 
     def prompt(self, problem: Mapping[str, Any]) -> Prompt:
-        text = self.text(problem)
-        return Prompt(self.id(problem), self.task, text, self.tokenizer.encode(text), self.answer(problem))
+        text, begun = self.text(problem), self.chat.begun(self.wording(problem))
+        return Prompt(self.id(problem), self.task, text, self.chat.encode(text), self.answer(problem), begun)
 
     def check(self, limit: int, where: str) -> None:
         """Errors: UserError for the first problem whose prompt is empty or longer than `limit` tokens."""
-        for i, tokens in enumerate(self.tokenizer.encode_all([self.text(p) for p in self.problems])):
+        for i, tokens in enumerate(self.chat.encode_all([self.text(p) for p in self.problems])):
             if not 1 <= len(tokens) <= limit:
                 raise UserError(
                     f"{where}: problem {i + 1} ({self.id(self.problems[i])}) must have a prompt of 1 to {limit} tokens "
@@ -69,17 +74,15 @@ class Examples(Protocol):
     def __getitem__(self, i: int, /) -> tuple[str, str]: ...
 
 
-def supervised(
-    examples: Examples, tokenizer: Tokenizer, *, batch: int, T: int, seed: int
-) -> grain.IterDataset[dict[str, np.ndarray]]:
+def supervised(examples: Examples, chat: Chat, *, batch: int, T: int, seed: int) -> grain.IterDataset[dict[str, np.ndarray]]:
     """(prompt, answer) pairs -> endless batches of tokens i32 [batch, T] and answer_mask bool [batch, T], end token included.
 
     Errors: UserError for an example longer than T tokens.
     """
 
     def lay_out(example: tuple[str, str]) -> dict[str, np.ndarray]:
-        prompt, answer = tokenizer.encode(example[0]), tokenizer.encode(example[1])
-        row = np.concatenate([prompt, answer, np.array(tokenizer.eos_ids[:1], np.int32)])
+        prompt, answer = chat.encode(example[0]), chat.tokenizer.encode(example[1])
+        row = np.concatenate([prompt, answer, np.array(chat.tokenizer.eos_ids[:1], np.int32)])
         if len(row) > T:
             raise UserError(f"an example must fit into {T} tokens (prompt and response limits), got {len(row)}: {example}")
         position = np.arange(T)

@@ -109,7 +109,8 @@ def grade_groups(
     P, G = len(prompts), len(responses.tokens) // len(prompts)
     lengths = responses.sampled_mask.sum(axis=1)
     texts = [decode(row[:n]) for row, n in zip(responses.tokens, lengths, strict=True)]
-    verdicts = grade([(prompts[i // G].task, text, prompts[i // G].answer) for i, text in enumerate(texts)])
+    of = [prompts[i // G] for i in range(len(texts))]
+    verdicts = grade([(p.task, p.begun + text, p.answer) for p, text in zip(of, texts, strict=True)])
     _refuse_broken_verifier(prompts, verdicts, G)
     score = np.array([v.score for v in verdicts], np.float32).reshape(P, G)
     correct = np.array([v.correct for v in verdicts], np.float32).reshape(P, G)
