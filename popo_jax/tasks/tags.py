@@ -7,13 +7,18 @@ MAX_PADDED = 65536
 
 
 def answer_text(response: str) -> str:
-    """What stands in the last <answer> pair, else the whole response, without blanks around it; empty if a tag stays open."""
+    """What stands in the last <answer> pair, else what follows the thinking, or is all there is, without blanks around it.
+
+    Empty if a tag stays open, of the answer or of the thinking.
+    """
     opening, closing = "<answer>", "</answer>"
     start = response.rfind(opening, 0, max(response.rfind(closing), 0))
     if start >= 0:
         response = response[start + len(opening) : response.find(closing, start)]
     elif opening in response:
         return ""
+    else:
+        response = split_thinking(response)[1] or ""
     return response.strip(" \t\r\n") if len(response) <= MAX_PADDED else response
 
 
