@@ -19,8 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from popo_jax import sharding
 from popo_jax.config import Config, ModelConfig
 from popo_jax.models import hf, lora
-from popo_jax.models.decoder import Decoder
-from popo_jax.models.linear import resolve_linear
+from popo_jax.models.decoder import Decoder, resolved
 from popo_jax.rl import update
 from popo_jax.rl.optim import make_tx
 from popo_jax.rl.state import Batch, Params, StepOut, TrainState
@@ -85,19 +84,23 @@ class Built:
 
 
 def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mesh: Mesh) -> Built:
-    """Everything compiled for one policy on one mesh; nothing is compiled yet. Errors: UserError if rows do not shard."""
+    """Everything compiled for one policy on one mesh; nothing is compiled yet.
+
+    Errors: UserError if rows do not shard, or the chosen attention cannot run there.
+    """
     shards = sharding.row_shards(mesh.shape)
     if c.rows % shards:
         raise UserError(
             f"mesh: data x fsdp ({shards}) must divide the rows of a batch ({c.slots} groups x batch.group_size), got {c.rows}"
         )
-    model = Decoder(resolve_linear(model_config, mesh.devices.flat[0].platform), row_shards=shards)
+    platform = mesh.devices.flat[0].platform
+    model = Decoder(resolved(model_config, platform), row_shards=shards, mesh=mesh)
     tx = make_tx(c.optim)
     abstract = abstract_state(model, tx, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
     rows = NamedSharding(mesh, sharding.BATCH)
     replicated = NamedSharding(mesh, PartitionSpec())
-    split = split_for(mesh.devices.flat[0].platform, c, shards)
+    split = split_for(platform, c, shards)
     train_step = jax.jit(
         functools.partial(update.train_step, model=model, tx=tx, c=split),
         in_shardings=(state_shardings, rows),
