@@ -18,8 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from popo_jax import sharding
 from popo_jax.config import Config, ModelConfig
 from popo_jax.models import hf, lora
-from popo_jax.models.decoder import Decoder
-from popo_jax.models.linear import resolve_linear
+from popo_jax.models.decoder import Decoder, resolved
 from popo_jax.rl import update
 from popo_jax.rl.optim import make_tx
 from popo_jax.rl.state import Batch, Params, StepOut, TrainState, abstract_batch, batch_specs
@@ -87,14 +86,14 @@ def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mes
     """Everything compiled for one policy on one mesh; nothing is compiled yet, but for `batch.micro_batch` auto.
 
     fit: decide that by compiling train steps until the largest is found that fits; else auto is as good as none given.
-    Errors: UserError if rows do not shard, or nothing fits.
+    Errors: UserError if rows do not shard, nothing fits, or the chosen attention cannot run there.
     """
     shards, device = sharding.row_shards(mesh.shape), mesh.devices.flat[0]
     if c.rows % shards:
         raise UserError(
             f"mesh: data x fsdp ({shards}) must divide the rows of a batch ({c.slots} groups x batch.group_size), got {c.rows}"
         )
-    model = Decoder(resolve_linear(model_config, device.platform), row_shards=shards)
+    model = Decoder(resolved(model_config, device.platform), row_shards=shards, mesh=mesh)
     tx = make_tx(c.optim)
     abstract = abstract_state(model, tx, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract)

@@ -241,6 +241,9 @@ class ModelConfig:
     """What the backward pass computes again: nothing, all but matrix products, whole blocks."""
     linear: Literal["auto", "plain", "barrier"] = "auto"
     """How the backward of a linear layer is scheduled; auto: barrier on CPU (same numbers, faster), else plain."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Of whole rows, in training: xla keeps all scores; cudnn (a GPU, bfloat16) and splash (a TPU) are flash kernels. auto: the
+    flash kernel where there is one for the platform and dtype is bfloat16, else xla."""
     head_chunk: int | None = None
     """Positions whose logits exist at once in training, computed again for the gradient; None: all where that is at most
     0.5 GB a device, else as many as make so much."""
@@ -256,7 +259,7 @@ class ModelConfig:
         return self.attention_bias and self.family in ("qwen3", "llama")
 
 
-MODEL_HOW = ("dtype", "param_dtype", "remat", "linear", "lora", "head_chunk")
+MODEL_HOW = ("dtype", "param_dtype", "remat", "linear", "attention", "lora", "head_chunk")
 """Fields of ModelConfig that say how to compute; the others are a checkpoint's shape."""
 
 

@@ -17,7 +17,9 @@ from popo_jax.models.decoder import Decoder
 from popo_jax.policy import Policy
 from popo_jax.types import UserError
 
-SHAPE = ModelConfig(vocab_size=99, layers=1, width=8, heads=2, kv_heads=1, head_dim=4, mlp=8, max_positions=64, linear="barrier")
+SHAPE = ModelConfig(
+    vocab_size=99, layers=1, width=8, heads=2, kv_heads=1, head_dim=4, mlp=8, max_positions=64, linear="barrier", attention="xla"
+)
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 

@@ -17,7 +17,18 @@ from popo_jax.config import ModelConfig
 from popo_jax.models.decoder import Decoder
 from popo_jax.sharding import BATCH, like_params, param_specs
 
-C = ModelConfig(vocab_size=30, layers=2, width=24, heads=6, kv_heads=3, head_dim=8, mlp=40, tie_embeddings=False, linear="plain")
+C = ModelConfig(
+    vocab_size=30,
+    layers=2,
+    width=24,
+    heads=6,
+    kv_heads=3,
+    head_dim=8,
+    mlp=40,
+    tie_embeddings=False,
+    linear="plain",
+    attention="xla",
+)
 
 
 def abstract(**changes):
@@ -100,7 +111,8 @@ from popo_jax.sampling.sampler import Decoding, Sampler
 from popo_jax.sharding import BATCH, param_specs
 assert jax.device_count() == 8
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-model = Decoder(ModelConfig(vocab_size=32, layers=2, width=24, heads=4, kv_heads=2, head_dim=8, mlp=40, linear="barrier"))
+shape = {"vocab_size": 32, "layers": 2, "width": 24, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 40}
+model = Decoder(ModelConfig(**shape, linear="barrier", attention="xla"))
 params = jax.jit(model.init)(jax.random.key(0))
 params = jax.tree.map(lambda x: x * 5, params)
 tokens = jax.random.randint(jax.random.key(1), (8, 9), 0, 32)

@@ -32,7 +32,7 @@ def write(folder: Path) -> None:
     """All of it; the same bytes for the same versions of jax and numpy."""
     rng = np.random.default_rng(SEED)
     c = ModelConfig(**case.MODEL)
-    model = Decoder(dataclasses.replace(c, linear="plain"))
+    model = Decoder(dataclasses.replace(c, linear="plain", attention="xla"))
     params = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(SEED)))
     hf.save(folder / "policy", params, c, eos_ids=(case.EOS,), pad_id=case.PAD)
     _save_tokenizer(folder / "policy")

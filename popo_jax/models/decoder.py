@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from popo_jax.config import ModelConfig
 from popo_jax.models import lora
 from popo_jax.models.attention import Attend, Attention, attention
+from popo_jax.models.flash import causal, resolve_attention
 from popo_jax.models.kv_cache import Cache, allocate, visible, write
-from popo_jax.models.linear import Linear, precision
+from popo_jax.models.linear import Linear, precision, resolve_linear
 from popo_jax.models.norm import RMSNorm
 from popo_jax.models.rope import Rope, rope
 from popo_jax.ops.hidden_logprobs import auto_chunk, hidden_logprobs
@@ -35,6 +37,11 @@ DecodeParams = dict[str, Any]
 UNROLL = 8
 """Blocks per iteration of training's scan. Saved activations of a scan are copied into one array: one block at a time costs 1.2
 times on CPU, and a model of up to so many blocks copies none."""
+
+
+def resolved(c: ModelConfig, platform: str) -> ModelConfig:
+    """`c` with what is `auto` decided for a platform ("cpu", "gpu", "tpu"). Errors: UserError if a choice cannot work there."""
+    return resolve_attention(resolve_linear(c, platform), platform)
 
 
 class Mlp(nn.Module):
@@ -80,21 +87,25 @@ class Embed(nn.Module):
 
 @dataclass(frozen=True)
 class Decoder:
-    """A policy of shape `c`, with vocab_size set and `linear` resolved. Hashable: static under jit."""
+    """A policy of shape `c`, with vocab_size set, `linear` and `attention` resolved. Hashable: static under jit."""
 
     c: ModelConfig
     row_shards: int = field(default=1, kw_only=True)
     """Devices that the rows of a batch are split over."""
+    mesh: Mesh | None = field(default=None, kw_only=True)
+    """Where training runs, for kernels that the compiler does not split; None: one device."""
 
     def __post_init__(self) -> None:
-        if self.c.vocab_size is None or self.c.linear == "auto":
-            raise ValueError(f"Decoder: set vocab_size and resolve linear first, got {self.c.vocab_size} and {self.c.linear!r}")
+        c = self.c
+        if c.vocab_size is None or "auto" in (c.linear, c.attention):
+            got = f"{c.vocab_size}, {c.linear!r} and {c.attention!r}"
+            raise ValueError(f"Decoder: set vocab_size, resolve linear and attention first, got {got}")
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters in `param_dtype`: normal(0.02), biases 0, scales 1."""
         c, x = self.c, jnp.zeros((1, 1, self.c.width), self.c.dtype)
         embed, blocks, head = jax.random.split(key, 3)
-        angles, attend = rope(jnp.zeros((1, 1), jnp.int32), c), _causal(1, c.window)
+        angles, attend = rope(jnp.zeros((1, 1), jnp.int32), c), _causal(replace(c, attention="xla"), None)
 
         def block(key: jax.Array) -> Params:
             return Block(c).init(key, x, angles, attend)["params"]
@@ -128,8 +139,7 @@ class Decoder:
 
     def hidden(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The last block's output, final norm applied: what `head` reads."""
-        T = tokens.shape[1]
-        angles, attend = rope(jnp.arange(T), self.c), _causal(T, self.c.window)
+        angles, attend = rope(jnp.arange(tokens.shape[1]), self.c), _causal(self.c, self.mesh)
 
         def block(x: Array, weights: Params) -> tuple[Array, None]:
             return _apply(Block(self.c), weights, x, angles, attend)[0], None
@@ -206,9 +216,9 @@ def fuse(block: Params) -> Params:
     }
 
 
-def _causal(T: int, window: int | None) -> Attend:
-    mask_TS = visible(jnp.zeros(1, jnp.int32), jnp.arange(T), T, window)[0]
-    return lambda q, k, v: (attention(q, k, v, mask_TS), None)
+def _causal(c: ModelConfig, mesh: Mesh | None) -> Attend:
+    kernel = causal(c, mesh)
+    return lambda q, k, v: (kernel(q, k, v), None)
 
 
 def _remat(block: Callable[..., Any], remat: str) -> Callable[..., Any]:

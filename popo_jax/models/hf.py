@@ -150,7 +150,7 @@ def save_weights(folder: epath.PathLike, params: Params, c: ModelConfig, *, max_
 
 @functools.cache
 def _abstract(c: ModelConfig) -> Params:
-    return jax.eval_shape(Decoder(dataclasses.replace(c, linear="plain")).init, jax.random.key(0))
+    return jax.eval_shape(Decoder(dataclasses.replace(c, linear="plain", attention="xla")).init, jax.random.key(0))
 
 
 def _flat(params: Params) -> dict[str, Any]:

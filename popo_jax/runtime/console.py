@@ -36,13 +36,16 @@ class Console:
     def say(self, text: str) -> None:
         self._out.print(text, markup=False)
 
-    def banner(self, c: Config, parameters: int, devices: Sequence[Any], problems: Mapping[str, tuple[int, int]]) -> None:
-        """What runs: algorithm, policy size, tasks with their problems (training, held out), batch, devices."""
+    def banner(
+        self, c: Config, parameters: int, attention: str, devices: Sequence[Any], problems: Mapping[str, tuple[int, int]]
+    ) -> None:
+        """What runs: algorithm, tasks with their problems (training, held out), policy size, attention, devices, batch."""
         self._steps = c.steps
         tasks = ", ".join(f"{t} ({a} problems, {b} held out)" for t, (a, b) in problems.items())
         kind = f"{len(devices)} x {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
         self._out.print(
-            f"[bold]{c.algorithm.name}[/bold] on {tasks}; {parameters / 1e6:.2f} M parameters, {c.model.dtype}; {kind}"
+            f"[bold]{c.algorithm.name}[/bold] on {tasks}; {parameters / 1e6:.2f} M parameters, {c.model.dtype}, "
+            f"attention {attention}; {kind}"
         )
         self._out.print(f"{c.steps} steps of {c.batch.prompts} prompts x {c.batch.group_size} responses, seed {c.seed}")
 

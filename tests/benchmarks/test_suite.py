@@ -30,7 +30,9 @@ from popo_jax.sampling import sampler as sampling
 from popo_jax.sampling.sampler import Sampler
 from tests import tiny
 
-WIDE = ModelConfig(vocab_size=512, layers=3, width=256, heads=4, kv_heads=2, head_dim=64, mlp=768, linear="plain")
+WIDE = ModelConfig(
+    vocab_size=512, layers=3, width=256, heads=4, kv_heads=2, head_dim=64, mlp=768, linear="plain", attention="xla"
+)
 """Wide enough for the products to be nearly all of the work; few enough blocks for training's scan to be unrolled."""
 TOLERANCE = 0.02
 """What norms, softmax and activations add to the products, at most."""

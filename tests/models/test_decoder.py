@@ -12,7 +12,7 @@ from popo_jax.config import ModelConfig
 from popo_jax.models.decoder import Decoder
 from popo_jax.ops.logprobs import logprobs_and_entropy
 
-C = ModelConfig(vocab_size=23, layers=2, width=24, heads=6, kv_heads=3, head_dim=8, mlp=40, linear="plain")
+C = ModelConfig(vocab_size=23, layers=2, width=24, heads=6, kv_heads=3, head_dim=8, mlp=40, linear="plain", attention="xla")
 UNTIED = dataclasses.replace(C, tie_embeddings=False, attention_bias=False, kv_heads=1, linear="barrier")
 B, T = 4, 11
 
@@ -261,9 +261,9 @@ def test_bfloat16_parameters():
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
 
 
-@pytest.mark.parametrize("bad", [{"vocab_size": None}, {"linear": "auto"}])
+@pytest.mark.parametrize("bad", [{"vocab_size": None}, {"linear": "auto"}, {"attention": "auto"}])
 def test_an_unresolved_config_is_refused(bad):
-    with pytest.raises(ValueError, match="resolve linear first"):
+    with pytest.raises(ValueError, match="resolve linear and attention first"):
         Decoder(dataclasses.replace(C, **bad))
 
 

@@ -12,8 +12,7 @@ import pytest
 
 from popo_jax.config import Config
 from popo_jax.models import hf
-from popo_jax.models.decoder import Decoder
-from popo_jax.models.linear import resolve_linear
+from popo_jax.models.decoder import Decoder, resolved
 from popo_jax.runtime.mesh import make_mesh
 from popo_jax.sampling.sampler import Decoding, Sampler
 
@@ -92,7 +91,7 @@ def loaded(request, tmp_path):
     theirs, sharded = made(request.param), list(CASES).index(request.param) % 2 == 0
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="10KB" if sharded else "5GB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == sharded
-    c = resolve_linear(hf.read_config(tmp_path / "theirs"), "cpu")
+    c = resolved(hf.read_config(tmp_path / "theirs"), "cpu")
     return theirs, Decoder(c), hf.load(tmp_path / "theirs", c), tmp_path / "theirs"
 
 

@@ -14,19 +14,18 @@ from safetensors.numpy import load_file, save_file
 
 from popo_jax.config import ModelConfig
 from popo_jax.models import hf
-from popo_jax.models.decoder import Decoder
-from popo_jax.models.linear import resolve_linear
+from popo_jax.models.decoder import Decoder, resolved
 from popo_jax.types import UserError
 from tests.golden.make_qwen2 import CASES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-C = ModelConfig(vocab_size=31, layers=2, width=24, heads=6, kv_heads=3, head_dim=8, mlp=40, linear="plain")
+C = ModelConfig(vocab_size=31, layers=2, width=24, heads=6, kv_heads=3, head_dim=8, mlp=40, linear="plain", attention="xla")
 IDS = {"eos_ids": (2,), "pad_id": 0}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(c: ModelConfig, params, tokens):
-    return Decoder(resolve_linear(c, "cpu")).logits(params, tokens)
+    return Decoder(resolved(c, "cpu")).logits(params, tokens)
 
 
 @functools.cache

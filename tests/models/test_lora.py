@@ -14,7 +14,9 @@ from popo_jax.config import LoraConfig, ModelConfig
 from popo_jax.models import hf, lora, peft
 from popo_jax.models.decoder import Decoder
 
-BASE = ModelConfig(vocab_size=31, layers=2, width=24, heads=6, kv_heads=3, head_dim=8, mlp=40, family="qwen3", linear="plain")
+BASE = ModelConfig(
+    vocab_size=31, layers=2, width=24, heads=6, kv_heads=3, head_dim=8, mlp=40, family="qwen3", linear="plain", attention="xla"
+)
 C = dataclasses.replace(BASE, lora=LoraConfig(rank=3, alpha=12.0, targets=("q", "v", "o", "down")))
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9)).astype(np.int32)
 

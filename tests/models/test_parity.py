@@ -10,8 +10,7 @@ import pytest
 
 from popo_jax.config import ModelConfig
 from popo_jax.models import hf
-from popo_jax.models.decoder import Decoder
-from popo_jax.models.linear import resolve_linear
+from popo_jax.models.decoder import Decoder, resolved
 from tests.golden.make_qwen2 import logits, model, tokens
 
 torch = pytest.importorskip("torch")
@@ -22,7 +21,7 @@ IDS = {"eos_ids": (2, 3), "pad_id": 0}
 
 @functools.partial(jax.jit, static_argnums=0)
 def ours(c: ModelConfig, params, ids):
-    return Decoder(resolve_linear(c, "cpu")).logits(params, ids)
+    return Decoder(resolved(c, "cpu")).logits(params, ids)
 
 
 def test_the_stored_logits_are_these(case="untied"):
@@ -35,7 +34,7 @@ def test_the_stored_logits_are_these(case="untied"):
     "c", [ModelConfig(vocab_size=31), ModelConfig(vocab_size=31, attention_bias=False, tie_embeddings=False)]
 )
 def test_a_fresh_policy_opens_in_transformers(tmp_path, c):
-    params = jax.jit(Decoder(resolve_linear(c, "cpu")).init)(jax.random.key(0))
+    params = jax.jit(Decoder(resolved(c, "cpu")).init)(jax.random.key(0))
     hf.save(tmp_path, jax.tree.map(lambda x: x * 4, params), c, **IDS)
     there, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
@@ -49,5 +48,5 @@ def test_a_fresh_policy_opens_in_transformers(tmp_path, c):
 
 def test_bfloat16_parameters_open_as_bfloat16(tmp_path):
     c = ModelConfig(vocab_size=31, param_dtype="bfloat16")
-    hf.save(tmp_path, jax.jit(Decoder(resolve_linear(c, "cpu")).init)(jax.random.key(0)), c, **IDS)
+    hf.save(tmp_path, jax.jit(Decoder(resolved(c, "cpu")).init)(jax.random.key(0)), c, **IDS)
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16

@@ -4,11 +4,13 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from popo_jax.config import Config
 from popo_jax.runtime.clocks import Clock
-from popo_jax.runtime.console import describe
+from popo_jax.runtime.console import Console, describe
 from popo_jax.runtime.signals import stop_wish
 
 
@@ -29,6 +31,11 @@ def test_a_clock_adds_up_across_threads_and_starts_anew():
     row = clock.take()
     assert row["time/sample"] >= 0.1 and 0 < row["cpu/replay"] <= row["cpu/step"] + 1e-3
     assert set(clock.take()) == {"cpu/replay", "cpu/step"}
+
+
+def test_the_banner_names_the_attention(capsys):
+    Console().banner(Config(), 1_230_000, "splash", [SimpleNamespace(device_kind="TPU v5e")] * 4, {"countdown": (9, 3)})
+    assert "; 1.23 M parameters, float32, attention splash; 4 x TPU v5e\n" in capsys.readouterr().out
 
 
 def test_the_line_leaves_out_what_is_not_there():
