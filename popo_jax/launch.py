@@ -116,7 +116,7 @@ def _go(
 ) -> dict[str, Any]:
     counts = {t.task: (len(t.problems), len(h.problems)) for t, h in zip(sources.train, sources.held_out, strict=True)}
     size = sum(x.size for x in jax.tree.leaves(built.abstract_state.params))
-    console.banner(c, size, built.model.c.attention, jax.devices(), counts)
+    console.banner(built.split, size, built.model.c.attention, jax.devices(), counts)
     clock, journal = Clock(), Journal(run, Loggers(c.loggers, run.path, plain.to_plain(c)), console)
     stream, decode = PromptStream(sources.train, seed=c.seed), policy.tokenizer.decode
     choose = start.selection.choose if start.selection is not None else None

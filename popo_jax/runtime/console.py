@@ -39,7 +39,10 @@ class Console:
     def banner(
         self, c: Config, parameters: int, attention: str, devices: Sequence[Any], problems: Mapping[str, tuple[int, int]]
     ) -> None:
-        """What runs: algorithm, tasks with their problems (training, held out), policy size, attention, devices, batch."""
+        """What runs: algorithm, tasks with their problems (training, held out), policy size, attention, devices, batch.
+
+        `c` is the config with its micro-batch decided, which is told.
+        """
         self._steps = c.steps
         tasks = ", ".join(f"{t} ({a} problems, {b} held out)" for t, (a, b) in problems.items())
         kind = f"{len(devices)} x {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
@@ -47,7 +50,10 @@ class Console:
             f"[bold]{c.algorithm.name}[/bold] on {tasks}; {parameters / 1e6:.2f} M parameters, {c.model.dtype}, "
             f"attention {attention}; {kind}"
         )
-        self._out.print(f"{c.steps} steps of {c.batch.prompts} prompts x {c.batch.group_size} responses, seed {c.seed}")
+        b = c.batch
+        self._out.print(
+            f"{c.steps} steps of {b.prompts} prompts x {b.group_size} responses, {b.micro_batch} rows trained at once, seed {c.seed}"
+        )
 
     def __enter__(self) -> Console:
         if self._out.is_terminal:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from popo_jax.config import Config
+from popo_jax.config import BatchConfig, Config
 from popo_jax.runtime.clocks import Clock
 from popo_jax.runtime.console import Console, describe
 from popo_jax.runtime.signals import stop_wish
@@ -33,9 +33,12 @@ def test_a_clock_adds_up_across_threads_and_starts_anew():
     assert set(clock.take()) == {"cpu/replay", "cpu/step"}
 
 
-def test_the_banner_names_the_attention(capsys):
-    Console().banner(Config(), 1_230_000, "splash", [SimpleNamespace(device_kind="TPU v5e")] * 4, {"countdown": (9, 3)})
-    assert "; 1.23 M parameters, float32, attention splash; 4 x TPU v5e\n" in capsys.readouterr().out
+def test_the_banner_names_the_attention_and_the_rows_at_once(capsys):
+    c = Config(batch=BatchConfig(micro_batch=16))
+    Console().banner(c, 1_230_000, "splash", [SimpleNamespace(device_kind="TPU v5e")] * 4, {"countdown": (9, 3)})
+    said = capsys.readouterr().out
+    assert "; 1.23 M parameters, float32, attention splash; 4 x TPU v5e\n" in said
+    assert "32 prompts x 8 responses, 16 rows trained at once, seed 0\n" in said
 
 
 def test_the_line_leaves_out_what_is_not_there():
