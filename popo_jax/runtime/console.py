@@ -52,7 +52,8 @@ class Console:
         )
         b = c.batch
         self._out.print(
-            f"{c.steps} steps of {b.prompts} prompts x {b.group_size} responses, {b.micro_batch} rows trained at once, seed {c.seed}"
+            f"{c.steps} steps of {b.prompts} prompts x {b.group_size} responses, "
+            f"{b.micro_batch} rows trained at once, seed {c.seed}"
         )
 
     def __enter__(self) -> Console:
