@@ -246,7 +246,7 @@ def compare(c, rows, kind):
 heads = {"keys": dict(heads=4, kv_heads=2), "queries": dict(heads=2, kv_heads=1), "whole": dict(heads=3, kv_heads=3)}
 compare(dataclasses.replace(base, remat="dots", **heads["queries"]), 4, "splash")
 flash.CAUSAL["cudnn"] = functools.partial(flash.CAUSAL["cudnn"], implementation="xla")
-for name, rows in (("keys", 3), ("keys", 8), ("queries", 2), ("whole", 8)):
+for name, rows in (("keys", 2), ("whole", 3)):
     compare(dataclasses.replace(base, layers=1, **heads[name]), rows, "cudnn")
 
 c = tiny.config(model__layers=1, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, batch__micro_batch=4, model__remat="full")
