@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from popo_jax import metrics
-from popo_jax.config import Config, TaskConfig
+from popo_jax.config import Config
+from popo_jax.task_config import TaskConfig
 from popo_jax.tasks import files, math_data
 from popo_jax.tasks.files import Row
 from popo_jax.tasks.graders import Graders

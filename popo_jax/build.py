@@ -16,7 +16,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from popo_jax import sharding
-from popo_jax.config import Config, ModelConfig
+from popo_jax.config import Config
+from popo_jax.model_config import ModelConfig
 from popo_jax.models import hf, lora
 from popo_jax.models.decoder import Decoder, resolved
 from popo_jax.rl import update

@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen typed dataclasses, checked; algorithm presets in one table.
+"""Every setting of a run: frozen typed dataclasses, checked; algorithm presets in one table. Tasks' and models' have a file each.
 
 `from_dict` builds a Config from nested plain data and refuses unknown keys with the nearest name; `rules.resolve` then
 checks it and fills in what depends on other settings.
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from popo_jax import plain
+from popo_jax.model_config import ModelConfig
+from popo_jax.task_config import PoolConfig, TaskConfig
 from popo_jax.types import UserError
 
 
@@ -72,195 +74,6 @@ class AlgorithmConfig:
     @property
     def preset(self) -> Preset:
         return PRESETS[self.name]
-
-
-@dataclass(frozen=True)
-class CountdownConfig:
-    """Countdown problems: reach the target with + - * / from all the numbers, each used once. Generated where no files are."""
-
-    prompt: str = "{nums} -> {target}:"
-    """What the policy is asked, with the problem's numbers and target in place of {nums} and {target}."""
-    numbers: tuple[int, ...] = (3,)
-    """How many numbers a problem has, e.g. 3 4 for a mix."""
-    low: int = 1
-    high: int = 9
-    target_low: int = 1
-    target_high: int = 99
-    train_problems: int = 20000
-    eval_problems: int = 512
-    """Held out: their sorted numbers and target never occur in training."""
-    seed: int = 0
-    """Seed of the problems, apart from the run's, so that runs with different seeds share their problems."""
-
-
-@dataclass(frozen=True)
-class ArithmeticConfig:
-    """Generated arithmetic problems: the value of an expression such as 7+8*3."""
-
-    terms: int = 3
-    """Numbers in an expression."""
-    low: int = 0
-    high: int = 9
-    operators: str = "+-"
-    """Some of the signs + - *."""
-    train_problems: int = 20000
-    eval_problems: int = 512
-    """Held out: they never occur in training."""
-    seed: int = 0
-    """Seed of the problems, apart from the run's."""
-
-
-@dataclass(frozen=True)
-class MathConfig:
-    """Mathematics problems of `train_file`, or of a data set on the hub; with neither, generated word problems."""
-
-    dataset: str | None = None
-    """Its id, or a local folder, for the `datasets` library, e.g. agentica-org/DeepScaleR-Preview-Dataset; the files win."""
-    dataset_name: str | None = None
-    """Its configuration, e.g. main for openai/gsm8k."""
-    train_split: str = "train"
-    eval_split: str | None = None
-    """None: `eval_problems` of the training ones are held out."""
-    problem_column: str | None = None
-    """None: problem or question, whichever is there."""
-    answer_column: str | None = None
-    """None: answer or solution. The answer is what follows "####", or stands in the last \\boxed{}, or all of it."""
-    instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
-    """Put below the problem; empty for none."""
-    eval_problems: int = 512
-    """Held out where no file or split is: chosen by a seeded hash of the problem."""
-    seed: int = 0
-    """Of what is held out, and of generated problems; apart from the run's."""
-    train_problems: int = 20000
-    """Generated ones."""
-    steps: int = 2
-    """Operations in a generated problem, up to 3."""
-    high: int = 20
-    """The largest number in one, up to 99."""
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    name: Literal["countdown", "arithmetic", "math"] = "countdown"
-    weight: float = 1.0
-    """Share of the prompts, relative to the other tasks."""
-    train_file: str | None = None
-    """JSONL or parquet of problems; None: generated."""
-    eval_file: str | None = None
-    verifier: str | None = None
-    """Your own instead of the task's: "my_module:grade", importable from the current directory or PYTHONPATH. Called as
-    grade(response, **answer fields) in a worker process; answers a popo_jax.types.Verdict, a number in [0, 1] (score and
-    correct both), or a pair (score, correct)."""
-    countdown: CountdownConfig = CountdownConfig()
-    arithmetic: ArithmeticConfig = ArithmeticConfig()
-    math: MathConfig = MathConfig()
-
-
-TASK_NAMES: tuple[str, ...] = get_args(get_type_hints(TaskConfig)["name"])
-UNBOUNDED: Mapping[str, str] = {"math": "popo_jax.tasks.mathematics:grade"}
-"""Tasks whose verifier may take any time and memory, and where worker processes find it."""
-
-
-@dataclass(frozen=True)
-class PoolConfig:
-    """The worker processes that grade mathematics, and what your own verifiers grade."""
-
-    workers: int | None = None
-    """None: one a core."""
-    seconds: float = 5.0
-    """Wall-clock limit of one response; it is tried twice, then has score 0."""
-    memory_gb: float = 2.0
-    """Address space of a worker, in GiB."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary positions are stretched beyond the length a model was first trained on."""
-
-    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = 1.0
-    original_positions: int = 8192
-    """Length before stretching; llama3 and yarn."""
-    low_freq_factor: float = 1.0
-    """llama3: wavelengths above original_positions / low are stretched in full."""
-    high_freq_factor: float = 4.0
-    """llama3: those below original_positions / high not at all."""
-    beta_fast: float = 32.0
-    """yarn: rotations over the original length above which a dimension keeps its frequency."""
-    beta_slow: float = 1.0
-    """yarn: and below which it is stretched in full."""
-    truncate: bool = True
-    """yarn: round the two bounds to whole dimensions."""
-    attention_factor: float | None = None
-    """yarn: what cosines and sines are multiplied by; None: 0.1 ln(factor) + 1."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters beside frozen weights: x w + alpha / rank * (x a) b (arXiv:2106.09685)."""
-
-    rank: int | None = None
-    """None: off, every weight is trained."""
-    alpha: float = 32.0
-    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    """Linear layers of a block that have adapters."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape and precision of a decoder. With `policy.path` the shape comes from there."""
-
-    family: Literal["qwen2", "qwen3", "llama", "mistral"] = "qwen2"
-    """Whose architecture and checkpoint format: qwen3 norms queries and keys."""
-
-    vocab_size: int | None = None
-    """None: the tokenizer's."""
-    layers: int = 3
-    width: int = 128
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32
-    mlp: int = 384
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling = RopeScaling()
-    max_positions: int = 32768
-    """Longest sequence the model was made for."""
-    window: int | None = None
-    """Tokens a query sees, itself included; None: all before it. mistral."""
-    rms_eps: float = 1e-6
-    attention_bias: bool = True
-    """Of queries, keys and values; with qwen3 and llama of the output too."""
-    mlp_bias: bool = False
-    """llama."""
-    tie_embeddings: bool = True
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing, all but matrix products, whole blocks."""
-    linear: Literal["auto", "plain", "barrier"] = "auto"
-    """How the backward of a linear layer is scheduled; auto: barrier on CPU (same numbers, faster), else plain."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Of whole rows, in training: xla keeps all scores; cudnn (a GPU, bfloat16) and splash (a TPU) are flash kernels. auto: the
-    flash kernel where there is one for the platform and dtype is bfloat16, else xla."""
-    head_chunk: int | None = None
-    """Positions whose logits exist at once in training, computed again for the gradient; None: all where that is at most
-    0.5 GB a device, else as many as make so much."""
-
-    lora: LoraConfig = LoraConfig()
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.family == "qwen3"
-
-    @property
-    def output_bias(self) -> bool:
-        return self.attention_bias and self.family in ("qwen3", "llama")
-
-
-MODEL_HOW = ("dtype", "param_dtype", "remat", "linear", "attention", "lora", "head_chunk")
-"""Fields of ModelConfig that say how to compute; the others are a checkpoint's shape."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import popo_jax.policy as policies
 from popo_jax import answers, build, evaluate, problems, restore, run_dir
 from popo_jax.answers import Sheet
 from popo_jax.build import Built
-from popo_jax.config import Config, TaskConfig, from_dict
+from popo_jax.config import Config, from_dict
 from popo_jax.eval_args import CHAT, EvalArgs
 from popo_jax.evaluate import Answers
 from popo_jax.models import hub
@@ -28,6 +28,7 @@ from popo_jax.rl.state import Params, Purpose, key_for
 from popo_jax.rules import resolve
 from popo_jax.runtime.mesh import make_mesh
 from popo_jax.sampling.sampler import Sampler
+from popo_jax.task_config import TaskConfig
 from popo_jax.tasks import suites
 from popo_jax.tasks.graders import Graders
 from popo_jax.types import Prompt, UserError

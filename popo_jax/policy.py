@@ -7,9 +7,10 @@ from typing import Any
 
 from etils import epath
 
-from popo_jax.config import MODEL_HOW, Config, ModelConfig
+from popo_jax.config import Config
 from popo_jax.data import tokenizer as tokenizers
 from popo_jax.data.tokenizer import Tokenizer
+from popo_jax.model_config import MODEL_HOW, ModelConfig
 from popo_jax.models import hf, hf_config, lora
 from popo_jax.types import UserError
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from popo_jax.config import Config, TaskConfig
+from popo_jax.config import Config
 from popo_jax.data import chat as chats
 from popo_jax.data.chat import Chat
 from popo_jax.data.stream import Source
 from popo_jax.data.tokenizer import Tokenizer
+from popo_jax.task_config import TaskConfig
 from popo_jax.tasks import get_task, mathematics
 from popo_jax.tasks.pool import Job
 from popo_jax.types import Verdict

@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 
 from popo_jax import plain
-from popo_jax.config import MODEL_HOW, TASK_NAMES, UNBOUNDED, Config, ModelConfig, TaskConfig
+from popo_jax.config import Config
+from popo_jax.model_config import MODEL_HOW, ModelConfig
+from popo_jax.task_config import TASK_NAMES, UNBOUNDED, TaskConfig
 from popo_jax.types import UserError
 
 

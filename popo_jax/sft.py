@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 import popo_jax.policy as policies
 from popo_jax import build, plain, problems
-from popo_jax.config import TASK_NAMES, Config, OptimConfig
+from popo_jax.config import Config, OptimConfig
 from popo_jax.data import stream
 from popo_jax.data.chat import open_chat
 from popo_jax.data.tokenizer import characters
@@ -32,6 +32,7 @@ from popo_jax.rl.state import Params, Purpose, TrainState, key_for
 from popo_jax.runtime import mesh as meshes
 from popo_jax.runtime.mesh import cache_dir
 from popo_jax.sharding import BATCH, row_shards
+from popo_jax.task_config import TASK_NAMES
 from popo_jax.tasks import get_task
 from popo_jax.tasks.tags import split_thinking
 from popo_jax.types import UserError

@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import popo_jax.policy as policies
-from popo_jax.config import Config, ModelConfig, SampleConfig
+from popo_jax.config import Config, SampleConfig
 from popo_jax.data.tokenizer import characters
+from popo_jax.model_config import ModelConfig
 from popo_jax.models.decoder import Decoder
 from popo_jax.policy import Policy
 from popo_jax.types import UserError

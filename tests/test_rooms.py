@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "popo_jax"
-FLOOR = {"types", "config", "plain", "rules", "eval_args"}
+FLOOR = {"types", "config", "model_config", "task_config", "plain", "rules", "eval_args"}
 NUMERICS = {"ops", "sharding"}
 TRAINING = {"rl", "sampling", "models", *NUMERICS}
 WIRING = {"problems", "policy", "build", "data", "tasks", "runtime", "run_dir", *TRAINING}
@@ -19,6 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "plain": set(),
     "config": set(),
+    "model_config": set(),
+    "task_config": set(),
     "rules": set(),
     "metrics": set(),
     "answers": {"metrics", "tasks"},
@@ -52,6 +54,8 @@ NO_JAX = [
     "types",
     "plain",
     "config",
+    "model_config",
+    "task_config",
     "rules",
     "metrics",
     "answers",

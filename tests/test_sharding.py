@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models.decoder import Decoder
 from popo_jax.sharding import BATCH, like_params, param_specs
 
@@ -104,7 +104,7 @@ def test_a_leaf_with_other_axes_is_replicated():
 PROGRAM = """
 import dataclasses, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models.decoder import Decoder
 from popo_jax.sampling import sampler as sampling
 from popo_jax.sampling.sampler import Decoding, Sampler

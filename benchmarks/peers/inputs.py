@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from benchmarks.peers import case
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models import hf
 from popo_jax.models.decoder import Decoder
 from popo_jax.ops.logprobs import next_token_logprobs

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 
 
 def weights(c: ModelConfig) -> int:

@@ -11,7 +11,8 @@ import numpy as np
 from benchmarks.suite.measure import Timed, rounds
 from benchmarks.suite.report import Line, line
 from benchmarks.suite.sizes import Size
-from popo_jax.config import Config, PoolConfig, TaskConfig
+from popo_jax.config import Config
+from popo_jax.task_config import PoolConfig, TaskConfig
 from popo_jax.tasks import TASKS, Task
 from popo_jax.tasks.graders import Graders
 from popo_jax.tasks.pool import Job

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models.linear import Linear, precision
 from popo_jax.models.norm import RMSNorm
 from popo_jax.models.rope import Rope

@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models import lora
 from popo_jax.models.attention import Attend, Attention, attention
 from popo_jax.models.flash import causal, resolve_attention

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models.attention import attention
 from popo_jax.models.kv_cache import visible
 from popo_jax.sharding import ROW_AXES

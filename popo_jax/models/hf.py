@@ -17,7 +17,7 @@ import safetensors.numpy
 from etils import epath
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models.decoder import Decoder, Params
 from popo_jax.models.families import FAMILIES
 from popo_jax.models.hf_config import read_config, save_config, write_json

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from popo_jax.config import ModelConfig, RopeScaling
+from popo_jax.model_config import ModelConfig, RopeScaling
 from popo_jax.models.families import FAMILIES, ROPE
 from popo_jax.types import UserError
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 
 Kind = Literal["plain", "barrier"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from popo_jax.config import LoraConfig, ModelConfig
+from popo_jax.model_config import LoraConfig, ModelConfig
 
 Params = dict[str, Any]
 ADAPTER = ("lora_a", "lora_b")

@@ -9,7 +9,7 @@ import safetensors.numpy
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models.families import FAMILIES
 from popo_jax.models.hf_config import write_json
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from popo_jax.config import ModelConfig, RopeScaling
+from popo_jax.model_config import ModelConfig, RopeScaling
 
 Rope = tuple[Float[Array, "*B T H/2"], Float[Array, "*B T H/2"]]
 """Cosines and sines."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from popo_jax.config import TaskConfig
+from popo_jax.task_config import TaskConfig
 from popo_jax.tasks import arithmetic, countdown, mathematics
 from popo_jax.types import UserError, Verdict
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from popo_jax.config import CountdownConfig, TaskConfig
+from popo_jax.task_config import CountdownConfig, TaskConfig
 from popo_jax.tasks import files
 from popo_jax.tasks.tags import answer_text
 from popo_jax.types import UserError, Verdict

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from popo_jax.config import TaskConfig
+from popo_jax.task_config import TaskConfig
 from popo_jax.types import UserError
 
 Row = dict[str, Any]

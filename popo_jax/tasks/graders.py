@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from popo_jax.config import UNBOUNDED, Config
+from popo_jax.config import Config
+from popo_jax.task_config import UNBOUNDED
 from popo_jax.tasks.pool import Job, Pool, grade_all
 from popo_jax.types import Verdict
 

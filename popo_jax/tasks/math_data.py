@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from popo_jax.config import MathConfig, TaskConfig
+from popo_jax.task_config import MathConfig, TaskConfig
 from popo_jax.tasks import files
 from popo_jax.tasks.files import Row, Split
 from popo_jax.types import UserError

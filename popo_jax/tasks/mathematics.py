@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from popo_jax.config import TaskConfig
+from popo_jax.task_config import TaskConfig
 from popo_jax.tasks import math_data, word_problems
 from popo_jax.tasks.files import Split
 from popo_jax.tasks.tags import split_thinking

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from popo_jax import plain
-from popo_jax.config import TASK_NAMES, MathConfig, TaskConfig
+from popo_jax.task_config import TASK_NAMES, MathConfig, TaskConfig
 from popo_jax.types import UserError
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from popo_jax.config import MathConfig
+from popo_jax.task_config import MathConfig
 from popo_jax.tasks.files import Row, Split
 from popo_jax.types import UserError
 

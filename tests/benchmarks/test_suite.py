@@ -22,7 +22,7 @@ from benchmarks.suite.load import Load
 from benchmarks.suite.measure import Timed, rounds
 from benchmarks.suite.sizes import ROOT, SIZES, Head, Size, built, defaults, prompts
 from popo_jax import cli
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models.decoder import Decoder
 from popo_jax.replay.fill import fill
 from popo_jax.rl.state import TrainState, abstract_batch

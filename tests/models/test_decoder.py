@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models.decoder import Decoder
 from popo_jax.ops.logprobs import logprobs_and_entropy
 

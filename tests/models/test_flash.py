@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models.decoder import Decoder
 from popo_jax.models.flash import CAUSAL, causal, resolve_attention, specs, tile
 from popo_jax.types import UserError
@@ -214,7 +214,7 @@ def test_one_device_and_xla_need_no_split():
 PROGRAM = """
 import dataclasses, functools, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models import flash
 from popo_jax.models.decoder import Decoder
 from popo_jax.sharding import BATCH, param_specs

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models.hf import read_config, save_config
 from popo_jax.types import UserError
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from popo_jax.config import LoraConfig, ModelConfig
+from popo_jax.model_config import LoraConfig, ModelConfig
 from popo_jax.models import hf, lora, peft
 from popo_jax.models.decoder import Decoder
 

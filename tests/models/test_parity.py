@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from popo_jax.config import ModelConfig
+from popo_jax.model_config import ModelConfig
 from popo_jax.models import hf
 from popo_jax.models.decoder import Decoder, resolved
 from tests.golden.make_qwen2 import logits, model, tokens

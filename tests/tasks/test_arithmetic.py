@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from popo_jax.config import ArithmeticConfig, TaskConfig
+from popo_jax.task_config import ArithmeticConfig, TaskConfig
 from popo_jax.tasks import arithmetic
 from popo_jax.types import UserError
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from popo_jax.config import CountdownConfig, TaskConfig
+from popo_jax.task_config import CountdownConfig, TaskConfig
 from popo_jax.tasks import countdown, get_task
 from popo_jax.tasks.files import read_rows
 from popo_jax.types import UserError

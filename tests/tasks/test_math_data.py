@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from popo_jax import rules
-from popo_jax.config import MathConfig, TaskConfig
 from popo_jax.data.tokenizer import characters
+from popo_jax.task_config import MathConfig, TaskConfig
 from popo_jax.tasks import math_data, mathematics, word_problems
 from popo_jax.tasks.math_data import last_boxed
 from popo_jax.types import UserError

@@ -13,8 +13,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from popo_jax.config import CountdownConfig, TaskConfig, from_dict
+from popo_jax.config import from_dict
 from popo_jax.rules import resolve
+from popo_jax.task_config import CountdownConfig, TaskConfig
 from popo_jax.tasks import countdown
 from popo_jax.types import UserError
 

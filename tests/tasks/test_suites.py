@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from popo_jax.config import TASK_NAMES, MathConfig, TaskConfig
+from popo_jax.task_config import TASK_NAMES, MathConfig, TaskConfig
 from popo_jax.tasks import mathematics, suites
 from popo_jax.types import UserError
 

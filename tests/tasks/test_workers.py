@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from popo_jax.config import PoolConfig, TaskConfig
+from popo_jax.task_config import PoolConfig, TaskConfig
 from popo_jax.tasks.graders import Graders
 from popo_jax.tasks.pool import Pool
 from popo_jax.types import UserError, Verdict

@@ -1,0 +1,106 @@
+"""Settings of the tasks: which problems, and what their verifiers may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+
+@dataclass(frozen=True)
+class CountdownConfig:
+    """Countdown problems: reach the target with + - * / from all the numbers, each used once. Generated where no files are."""
+
+    prompt: str = "{nums} -> {target}:"
+    """What the policy is asked, with the problem's numbers and target in place of {nums} and {target}."""
+    numbers: tuple[int, ...] = (3,)
+    """How many numbers a problem has, e.g. 3 4 for a mix."""
+    low: int = 1
+    high: int = 9
+    target_low: int = 1
+    target_high: int = 99
+    train_problems: int = 20000
+    eval_problems: int = 512
+    """Held out: their sorted numbers and target never occur in training."""
+    seed: int = 0
+    """Seed of the problems, apart from the run's, so that runs with different seeds share their problems."""
+
+
+@dataclass(frozen=True)
+class ArithmeticConfig:
+    """Generated arithmetic problems: the value of an expression such as 7+8*3."""
+
+    terms: int = 3
+    """Numbers in an expression."""
+    low: int = 0
+    high: int = 9
+    operators: str = "+-"
+    """Some of the signs + - *."""
+    train_problems: int = 20000
+    eval_problems: int = 512
+    """Held out: they never occur in training."""
+    seed: int = 0
+    """Seed of the problems, apart from the run's."""
+
+
+@dataclass(frozen=True)
+class MathConfig:
+    """Mathematics problems of `train_file`, or of a data set on the hub; with neither, generated word problems."""
+
+    dataset: str | None = None
+    """Its id, or a local folder, for the `datasets` library, e.g. agentica-org/DeepScaleR-Preview-Dataset; the files win."""
+    dataset_name: str | None = None
+    """Its configuration, e.g. main for openai/gsm8k."""
+    train_split: str = "train"
+    eval_split: str | None = None
+    """None: `eval_problems` of the training ones are held out."""
+    problem_column: str | None = None
+    """None: problem or question, whichever is there."""
+    answer_column: str | None = None
+    """None: answer or solution. The answer is what follows "####", or stands in the last \\boxed{}, or all of it."""
+    instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    """Put below the problem; empty for none."""
+    eval_problems: int = 512
+    """Held out where no file or split is: chosen by a seeded hash of the problem."""
+    seed: int = 0
+    """Of what is held out, and of generated problems; apart from the run's."""
+    train_problems: int = 20000
+    """Generated ones."""
+    steps: int = 2
+    """Operations in a generated problem, up to 3."""
+    high: int = 20
+    """The largest number in one, up to 99."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    name: Literal["countdown", "arithmetic", "math"] = "countdown"
+    weight: float = 1.0
+    """Share of the prompts, relative to the other tasks."""
+    train_file: str | None = None
+    """JSONL or parquet of problems; None: generated."""
+    eval_file: str | None = None
+    verifier: str | None = None
+    """Your own instead of the task's: "my_module:grade", importable from the current directory or PYTHONPATH. Called as
+    grade(response, **answer fields) in a worker process; answers a popo_jax.types.Verdict, a number in [0, 1] (score and
+    correct both), or a pair (score, correct)."""
+    countdown: CountdownConfig = CountdownConfig()
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
+    math: MathConfig = MathConfig()
+
+
+TASK_NAMES: tuple[str, ...] = get_args(get_type_hints(TaskConfig)["name"])
+UNBOUNDED: Mapping[str, str] = {"math": "popo_jax.tasks.mathematics:grade"}
+"""Tasks whose verifier may take any time and memory, and where worker processes find it."""
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """The worker processes that grade mathematics, and what your own verifiers grade."""
+
+    workers: int | None = None
+    """None: one a core."""
+    seconds: float = 5.0
+    """Wall-clock limit of one response; it is tried twice, then has score 0."""
+    memory_gb: float = 2.0
+    """Address space of a worker, in GiB."""
