@@ -111,6 +111,8 @@ def open_subject(a: EvalArgs) -> Subject:
     dtype = a.dtype or ("float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
     c = replace(c, model=replace(c.model, dtype=dtype, param_dtype=dtype))
     policy = policies.describe(folder, c)
+    for sentence in policies.lacks(policy, c):
+        print(sentence)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
     params = built.load(folder, key_for(c.seed, Purpose.INIT, 0))
     files = sorted(folder.glob("*.safetensors"))

@@ -63,6 +63,8 @@ def _new(c: Config, grade: GradeFn, console: Console) -> dict[str, Any]:
     run_dir.create(c, make=False)  # refused before the warm start, made when nothing else can be refused
     folder = sft.starting_policy(c, mesh, console.say)
     policy = policies.describe(folder, c)
+    for sentence in policies.lacks(policy, c):
+        console.say(sentence)
     c = replace(c, chat=dated(c.chat, policy.tokenizer))  # a run's prompts do not change overnight
     sources = problems.load(c, policy.tokenizer)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh, fit=True)

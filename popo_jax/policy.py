@@ -49,6 +49,22 @@ def checked(policy: Policy, what: str) -> Policy:
     return policy
 
 
+def lacks(policy: Policy, c: Config) -> list[str]:
+    """A sentence for each thing that a loaded policy's tokenizer does not have, and what is done without it."""
+    t = policy.tokenizer
+    said: list[str] = []
+    if c.policy.path is None:
+        return said
+    if "pad_token" not in t.named:
+        filler = t.core.id_to_token(t.pad_id)
+        said.append(f"{t.where} names no pad token: rows are filled up with {filler!r}, which is never read there")
+    if t.template is None and c.chat.template is None:
+        said.append(
+            f"{t.where} has no chat template: problems are asked as they are (chat.template false says so, true refuses it)"
+        )
+    return said
+
+
 def save(folder: epath.PathLike, policy: Policy, params: dict[str, Any] | None) -> None:
     """A folder that transformers opens, adapters merged; without `params` it has everything but weights.
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import popo_jax.policy as policies
-from popo_jax.config import Config, SampleConfig
+from popo_jax.config import ChatConfig, Config, PolicyConfig, SampleConfig
 from popo_jax.data.tokenizer import characters
 from popo_jax.model_config import ModelConfig
 from popo_jax.models.decoder import Decoder
@@ -62,3 +62,18 @@ def test_a_row_longer_than_the_model_was_made_for_is_refused(folder):
     with pytest.raises(UserError, match=r"must be at most the 64 positions that .* was made for, got 65$"):
         policies.describe(folder, c)
     assert policies.describe(folder, Config(sample=SampleConfig(max_prompt_tokens=32, max_response_tokens=32)))
+
+
+def test_a_loaded_tokenizer_without_pad_or_template_is_told_in_a_sentence_each(folder):
+    """Llama 3 has no pad token, base models no template: neither is needed, both had better be known."""
+    c = Config(policy=PolicyConfig(str(folder)), sample=SampleConfig(max_prompt_tokens=8, max_response_tokens=8))
+    assert policies.lacks(policies.describe(folder, c), c) == []
+    (folder / "chat_template.jinja").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "pad_token"}))
+    policy = policies.describe(folder, c)
+    pad, chat = policies.lacks(policy, c)
+    assert pad == f"{folder} names no pad token: rows are filled up with '<eos>', which is never read there"
+    assert chat.startswith(f"{folder} has no chat template: problems are asked as they are")
+    assert policies.lacks(policy, replace(c, chat=ChatConfig(template=False))) == [pad]
+    assert policies.lacks(policy, Config()) == []  # a policy made here

@@ -112,9 +112,10 @@ def load(folder: epath.PathLike) -> Tokenizer:
     size, eos_ids = core.get_vocab_size(with_added_tokens=True), tuple(found) if isinstance(found, list) else (found,)
     if not eos_ids or not all(type(i) is int and 0 <= i < size for i in eos_ids):
         raise UserError(f"{folder}: eos_token_id must name ids from 0 to {size - 1} of its tokenizer, got {found!r}")
-    pad = _token_id(core, settings[2].get("pad_token"))
+    named = _named(folder, settings[2])
+    pad = _token_id(core, named.get("pad_token"))
     pad_id = eos_ids[0] if pad is None else pad
-    return Tokenizer(core, eos_ids, pad_id, _template(folder, settings[2]), _named(folder, settings[2]), str(folder))
+    return Tokenizer(core, eos_ids, pad_id, _template(folder, settings[2]), named, str(folder))
 
 
 def _template(folder: epath.Path, config: Mapping[str, object]) -> str | None:
