@@ -39,10 +39,10 @@ def arm(point: str, step: int) -> None:
     """Patch the real trainer so that it dies at `point` of step `step`."""
     real_store, real_row, real_save = train.store, journal.Journal.step, Checkpoints.save
 
-    def store(parts: Any, rollout: Any, plan: Any, out: Any, version: int) -> Any:
+    def store(parts: Any, rollout: Any, plan: Any, out: Any, order: Any, version: int) -> Any:
         if point == "mid-step" and version == step:
             die()
-        return real_store(parts, rollout, plan, out, version)
+        return real_store(parts, rollout, plan, out, order, version)
 
     def row(self: Any, progress: Any, *rest: Any) -> None:
         real_row(self, progress, *rest)

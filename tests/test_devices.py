@@ -19,7 +19,8 @@ from tests.killable import lucky
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("devices") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny.BASE | {"steps": 3, "checkpoint": {"every": 1, "keep_last": 2}}))
+    cut = tiny.BASE["batch"] | {"micro_batch": 4, "length_buckets": 3}
+    path.write_text(yaml.safe_dump(tiny.BASE | {"steps": 3, "checkpoint": {"every": 1, "keep_last": 2}, "batch": cut}))
     return path
 
 

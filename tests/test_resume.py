@@ -96,10 +96,10 @@ def test_stopped_and_resumed_equals_unbroken(config, whole, tmp_path, monkeypatc
 
     real = train.store
 
-    def store(parts, rollout, plan, out, version):
+    def store(parts, rollout, plan, out, order, version):
         if version == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(parts, rollout, plan, out, version)
+        return real(parts, rollout, plan, out, order, version)
 
     monkeypatch.setattr(train, "store", store)
     train_here(monkeypatch, str(config), "--run-dir", str(run))
