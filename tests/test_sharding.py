@@ -110,6 +110,8 @@ from popo_jax.sampling import sampler as sampling
 from popo_jax.sampling.sampler import Decoding, Sampler
 from popo_jax.sharding import BATCH, param_specs
 assert jax.device_count() == 8
+def close(a, b):  # an element is a sum of terms as large as the largest: rounding is of their size
+    np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max(), rtol=0)
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 shape = {"vocab_size": 32, "layers": 2, "width": 24, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 40}
 model = Decoder(ModelConfig(**shape, linear="barrier", attention="xla"))
@@ -122,17 +124,17 @@ place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
 split = jax.tree.map(place, params, param_specs(params, dict(mesh.shape)))
 assert split["layers"]["attn"]["q"]["kernel"].addressable_shards[0].data.shape == (2, 12, 16)
 together = step(split, place(tokens, BATCH))
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=2e-5), alone, together)
+jax.tree.map(close, alone, together)
 weights = jax.jit(model.for_decode)(split)
 chunked = Decoder(dataclasses.replace(model.c, head_chunk=3), row_shards=4)
 for policy in (model, chunked):
     score = jax.jit(jax.value_and_grad(lambda p, t: sum(x.mean() for x in policy.logprobs(p, t, temperature=0.7))))
     alone, together = score(params, tokens), score(split, place(tokens, BATCH))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=2e-5), alone, together)
+    jax.tree.map(close, alone, together)
 start = jnp.zeros(8, jnp.int32)
 logits, cache = jax.jit(model.prefill, static_argnums=3)(weights, place(tokens[:, :8], BATCH), start, 10)
 logits, cache = jax.jit(model.decode)(weights, cache, tokens[:, 8], jnp.int32(8), start)
-np.testing.assert_allclose(logits, model.logits(params, tokens)[:, -1], atol=1e-5)
+close(model.logits(params, tokens)[:, -1], logits)
 
 sampling.SMALLEST_BUCKET = 1
 prompts = [np.arange(3, 3 + n, dtype=np.int32) for n in (2, 5, 3, 6, 4, 4, 5)]
@@ -147,7 +149,7 @@ for n, samples, max_rows in ((6, 8, None), (2, 6, None), (7, 4, 12), (1, 3, None
     together = Sampler(model, c, mesh)(split, prompts[:n], jax.random.key(3), version=0)
     np.testing.assert_array_equal(alone.tokens, together.tokens)
     np.testing.assert_array_equal(alone.sampled_mask, together.sampled_mask)
-    np.testing.assert_allclose(alone.logp, together.logp, atol=1e-5)
+    close(alone.logp, together.logp)
     assert len(set(alone.sampled_mask.sum(axis=1))) > (3 if n > 2 else 1)
 assert any(devices == 8 for _, devices in kept), "no row was dropped on the mesh: compaction was not tried"
 """
