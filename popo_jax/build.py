@@ -6,6 +6,7 @@ The one place where training programs are jitted: `popo plan` and the benchmarks
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -108,16 +109,23 @@ def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mes
             donate_argnums=0,
         )
 
+    reference = shard_bytes(abstract.params) if c.loss.kl_coef else 0
+
     def needs(split: Config) -> int:
-        return device_bytes(train_step(split).lower(abstract, abstract_batch(split)).compile())
+        return reference + device_bytes(train_step(split).lower(abstract, abstract_batch(split)).compile())
 
     if fit and c.batch.micro_batch == "auto":
         stats = device.memory_stats() or {}
-        split = fitted(c, shards, needs, memory(c, stats.get("bytes_limit")))
+        split = fitted(device.platform, c, shards, needs, memory(c, stats.get("bytes_limit")))
     else:
         split = split_for(device.platform, c, shards)
     score = _scorer(split, model, state_shardings.params, rows)
     return Built(c, split, mesh, model, tx, eos_ids, abstract, train_step(split), score)
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that a tree of ShapeDtypeStructs with shardings takes of each device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def device_bytes(compiled: Any) -> int:

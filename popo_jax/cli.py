@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -19,6 +19,7 @@ from popo_jax.eval_args import EvalArgs
 from popo_jax.rules import resolve, unread, why_unread
 from popo_jax.types import UserError
 
+A = TypeVar("A")
 USAGE = """usage: popo COMMAND ...
 
   popo train CONFIG [--key value ...]     train; --algorithm grpo, --seed 1, --loss.clip-low 0.1 and so on
@@ -128,14 +129,16 @@ def parse_config(path: str | None, overrides: Sequence[str], say: Callable[[str]
 def _apply(overrides: Sequence[str], base: Config) -> Config:
     """Typed overrides through tyro; `--algorithm X` is `--algorithm.name X`."""
     args = [_spell(a) for a in overrides]
-    with _one_sentence():
+    with _one_sentence(args):
         return tyro.cli(Config, prog="popo train CONFIG", args=args, default=base, config=(tyro.conf.FlagConversionOff,))
 
 
 @contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
+def _one_sentence(args: Sequence[str]) -> Iterator[None]:
     """Errors: UserError instead of tyro's box."""
-    said = io.StringIO()
+    said, before = io.StringIO(), os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(args):
+        os.environ["COLUMNS"] = "4000"  # or its box cuts the sentence into lines
     try:
         with contextlib.redirect_stderr(said):
             yield
@@ -144,6 +147,14 @@ def _one_sentence() -> Iterator[None]:
             raise  # --help
         lines = [line.strip(" │╭╰─╮╯-") for line in said.getvalue().splitlines()]
         raise UserError(f"command line: {next((x for x in lines[1:] if x), 'cannot be parsed')}") from None
+    finally:
+        os.environ.pop("COLUMNS", None)
+        os.environ |= {} if before is None else {"COLUMNS": before}
+
+
+def _parsed(cls: type[A], command: str, args: Sequence[str]) -> A:
+    with _one_sentence(args):
+        return tyro.cli(cls, prog=f"popo {command}", args=args)
 
 
 def _spell(arg: str) -> str:
@@ -227,8 +238,7 @@ def _sft(args: list[str]) -> None:
 
 
 def _eval(args: list[str]) -> None:
-    with _one_sentence():
-        a = tyro.cli(EvalArgs, prog="popo eval", args=args)
+    a = _parsed(EvalArgs, "eval", args)
     a.check()
     if a.answers is not None:
         from popo_jax import answers
@@ -242,7 +252,7 @@ def _eval(args: list[str]) -> None:
 
 
 def _export(args: list[str]) -> None:
-    a = tyro.cli(ExportArgs, prog="popo export", args=args)
+    a = _parsed(ExportArgs, "export", args)
     _start()
     from popo_jax import export
 
@@ -251,7 +261,7 @@ def _export(args: list[str]) -> None:
 
 
 def _inspect(args: list[str]) -> None:
-    a = tyro.cli(InspectArgs, prog="popo inspect", args=args)
+    a = _parsed(InspectArgs, "inspect", args)
     _start()
     from popo_jax import inspect
 
@@ -259,7 +269,7 @@ def _inspect(args: list[str]) -> None:
 
 
 def _bench(args: list[str]) -> None:
-    a = tyro.cli(BenchArgs, prog="popo bench", args=args)
+    a = _parsed(BenchArgs, "bench", args)
     try:
         from benchmarks.suite import registry
     except ModuleNotFoundError as e:

@@ -107,8 +107,8 @@ class BatchConfig:
     mini_batches: int = 1
     """Optimizer steps per batch; mini-batch m holds the slots s with s mod M == m."""
     micro_batch: int | Literal["auto"] | None = None
-    """Rows per gradient accumulation; None: a whole mini-batch at once, on a CPU as many rows as make 4096 tokens. auto: the most
-    for which the compiled train step fits into `memory_gb`."""
+    """Rows per gradient accumulation; None: as many as make 32768 tokens a device, or 4096 on a CPU. auto: those, or as many as
+    fit: fewer and fewer are tried until the compiled train step needs at most `memory_gb`."""
     memory_gb: float | None = None
     """GiB of a device that micro_batch auto may take; None: nine tenths of what the device has."""
     length_buckets: int | None = None

@@ -68,6 +68,8 @@ def _new(c: Config, grade: GradeFn, console: Console) -> dict[str, Any]:
     c = replace(c, chat=dated(c.chat, policy.tokenizer))  # a run's prompts do not change overnight
     sources = problems.load(c, policy.tokenizer)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh, fit=True)
+    if c.batch.micro_batch == "auto":  # written down: another machine's choice would round a resumed run otherwise
+        c = replace(c, batch=replace(c.batch, micro_batch=built.split.batch.micro_batch, memory_gb=None))
     params = built.load(folder, key_for(c.seed, Purpose.INIT, 0))
     reference = _reference(c, built, folder, policy)
     run = run_dir.create(c)

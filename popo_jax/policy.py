@@ -55,9 +55,8 @@ def lacks(policy: Policy, c: Config) -> list[str]:
     said: list[str] = []
     if c.policy.path is None:
         return said
-    if "pad_token" not in t.named:
-        filler = t.core.id_to_token(t.pad_id)
-        said.append(f"{t.where} names no pad token: rows are filled up with {filler!r}, which is never read there")
+    if t.core.token_to_id(t.named.get("pad_token", "")) is None:
+        said.append(f"{t.where} names no pad token: none is needed, what fills up a row is never read")
     if t.template is None and c.chat.template is None:
         said.append(
             f"{t.where} has no chat template: problems are asked as they are (chat.template false says so, true refuses it)"

@@ -10,24 +10,22 @@ from popo_jax.types import UserError
 
 CPU_TOKENS = 4096
 """Of a micro-batch on a CPU: what is saved for the backward pass then stays near the caches, and no fresh pages are needed."""
+DEVICE_TOKENS = 32768
+"""Of a micro-batch on each accelerator: enough to keep it busy. More rows at once would be longer on average, and padded more."""
 GIB = 2**30
 
 
 def split_for(platform: str, c: Config, shards: int) -> Config:
-    """`c` with `batch.micro_batch` decided, unless it is given: on a CPU at most CPU_TOKENS, elsewhere a whole mini-batch."""
-    if isinstance(c.batch.micro_batch, int):
-        return c
-    sizes = possible(c, shards)
-    within = (n for n in sizes if platform != "cpu" or n * c.row_tokens <= CPU_TOKENS)
-    return with_micro(c, max(within, default=sizes[0]))
+    """`c` with `batch.micro_batch` decided, unless it is given: as many rows as make CPU_TOKENS or DEVICE_TOKENS."""
+    return c if isinstance(c.batch.micro_batch, int) else with_micro(c, possible(c, shards, platform)[-1])
 
 
-def fitted(c: Config, shards: int, needs: Callable[[Config], int], limit: int) -> Config:
-    """`c` with the largest micro-batch for which the compiled train step `needs` at most `limit` bytes of a device.
+def fitted(platform: str, c: Config, shards: int, needs: Callable[[Config], int], limit: int) -> Config:
+    """`c` with the largest micro-batch, up to that of `split_for`, for which the compiled step `needs` at most `limit` bytes.
 
     A bisection: as many compilations as the number of sizes has bits. Errors: UserError if not even the smallest fits.
     """
-    sizes = possible(c, shards)
+    sizes = possible(c, shards, platform)
     least = needs(with_micro(c, sizes[0]))
     if least > limit:
         raise UserError(
@@ -52,10 +50,15 @@ def memory(c: Config, device_bytes: int | None) -> int:
     return int(0.9 * device_bytes)
 
 
-def possible(c: Config, shards: int) -> list[int]:
-    """Micro-batches that divide a mini-batch's rows and have as many rows on each of `shards`, ascending; else all its rows."""
+def possible(c: Config, shards: int, platform: str) -> list[int]:
+    """Micro-batches that divide a mini-batch's rows, have as many on each of `shards`, and no more tokens than the platform's.
+
+    Ascending; the smallest of them has any number of tokens, and is the whole mini-batch where `shards` divide none.
+    """
     mini = c.rows // c.batch.mini_batches
-    return [n for n in range(1, mini + 1) if mini % n == 0 and n % shards == 0] or [mini]
+    tokens = CPU_TOKENS if platform == "cpu" else DEVICE_TOKENS * shards
+    sizes = [n for n in range(1, mini + 1) if mini % n == 0 and n % shards == 0] or [mini]
+    return [n for n in sizes if n * c.row_tokens <= tokens] or sizes[:1]
 
 
 def with_micro(c: Config, rows: int) -> Config:

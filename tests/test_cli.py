@@ -376,3 +376,26 @@ def test_a_run_on_word_problems_from_the_command_line(tmp_path, capsys):
     assert "the verifier of task math (no_such_module:grade) cannot be imported" in refused(
         capsys, "train", tmp_path / "c.yaml", *mine
     )
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_is_read_whole_and_names_its_hardware(path):
+    said = []
+    c = cli.parse_config(str(path), [], said.append)
+    header = path.read_text().partition("\nalgorithm:")[0]
+    assert not said and all(word in header for word in ("# Hardware ", "Time", f"popo train {path}"))
+    assert c.rows // c.batch.mini_batches % (c.mesh.fsdp * c.mesh.tensor) == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--batch.micro-batch", "foo", "no type matching {None}|INT|{auto} could be instantiated from ['foo']"),
+        ("--model.attention", "foo", "Expected one of ('auto', 'xla', 'cudnn', 'splash')"),
+        ("--optim.state-dtype", "float16", "Expected one of ('float32', 'bfloat16')"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_in_a_whole_sentence(flag, value, says, capsys):
+    assert cli.main(["train", "configs/countdown_tiny.yaml", flag, value]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: command line: ") and says in error and error.count("\n") == 1

@@ -73,7 +73,7 @@ def test_a_loaded_tokenizer_without_pad_or_template_is_told_in_a_sentence_each(f
     (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "pad_token"}))
     policy = policies.describe(folder, c)
     pad, chat = policies.lacks(policy, c)
-    assert pad == f"{folder} names no pad token: rows are filled up with '<eos>', which is never read there"
+    assert pad == f"{folder} names no pad token: none is needed, what fills up a row is never read"
     assert chat.startswith(f"{folder} has no chat template: problems are asked as they are")
     assert policies.lacks(policy, replace(c, chat=ChatConfig(template=False))) == [pad]
     assert policies.lacks(policy, Config()) == []  # a policy made here

@@ -8,7 +8,7 @@ import pytest
 
 from popo_jax import build
 from popo_jax.rl.state import abstract_batch
-from popo_jax.split import CPU_TOKENS, GIB, fitted, memory, possible, split_for
+from popo_jax.split import CPU_TOKENS, DEVICE_TOKENS, GIB, fitted, memory, possible, split_for
 from popo_jax.types import UserError
 from tests import tiny
 
@@ -38,8 +38,10 @@ def test_rows_are_shared_out_evenly_over_the_shards():
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_an_accelerator_takes_a_whole_mini_batch(platform):
+def test_an_accelerator_takes_what_keeps_it_busy(platform):
     assert micro(platform) == 128 and micro(platform, batch__mini_batches=4) == 32
+    assert micro(platform, tokens=DEVICE_TOKENS // 8) == 8 and micro(platform, 2, tokens=DEVICE_TOKENS // 8) == 16
+    assert micro(platform, 4, tokens=2 * DEVICE_TOKENS) == 4
 
 
 def test_what_is_set_stays():
@@ -56,7 +58,7 @@ def asked(limit: int, *, shards: int = 1, base: int = 100, per_row: int = 10):
         return base + per_row * c.batch.micro_batch
 
     c = tiny.config(batch__prompts=16, batch__group_size=8, batch__micro_batch="auto")
-    return fitted(c, shards, needs, limit).batch.micro_batch, seen
+    return fitted("gpu", c, shards, needs, limit).batch.micro_batch, seen
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_auto_takes_the_most_that_fits(limit, rows):
 
 def test_auto_keeps_to_what_the_shards_divide():
     assert asked(10**9, shards=16)[0] == 128 and asked(420, shards=16)[0] == 32
-    assert possible(tiny.config(batch__prompts=6, batch__group_size=4), 4) == [4, 8, 12, 24]
+    assert possible(tiny.config(batch__prompts=6, batch__group_size=4), 4, "gpu") == [4, 8, 12, 24]
 
 
 def test_auto_that_cannot_fit_says_what_is_needed():

@@ -90,6 +90,10 @@ def open_chat(c: ChatConfig, tokenizer: Tokenizer) -> Chat:
         if getattr(c, key) is not None and name not in reads:
             raise UserError(f"chat.{key} must be null: the chat template of {where} has no {name}, got {getattr(c, key)!r}")
     chat = Chat(c, tokenizer, _environment(c.date).from_string(wanted))
+    if MARK not in chat.fill(MARK, c.system):
+        raise UserError(
+            f"the chat template of {where} must write the user's message as it is, got {chat.fill('?', c.system)!r} for '?'"
+        )
     if c.system is not None and MARK not in chat.fill("?", c.system + MARK):
         raise UserError(f"chat.system must be null: the chat template of {where} leaves it out, got {c.system!r}")
     return chat
