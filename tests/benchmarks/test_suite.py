@@ -332,7 +332,7 @@ def test_a_start_keeps_no_compiled_programs_of_others(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["trian_step"], "popo bench: case must be one of train_step, head, sampler, replay,"),
+        (["trian_step"], "popo bench: case must be one of train_step, padding, head, sampler,"),
         (["trian_step"], "got trian_step (did you mean train_step?)"),
         (["replay", "--size", "smal"], "--size must be one of tiny, small, 0.5b, 1.5b, 7b, got smal (did you mean small?)"),
         (["replay", "--out", __file__], f"--out {__file__} must not exist yet"),

@@ -156,8 +156,10 @@ SMALL = CountdownConfig(train_problems=3000, eval_problems=100)
 
 
 def load(**files: Any) -> tuple[list[dict], list[dict]]:
+    """Both sides, without the prompt that every problem is asked with."""
     train, held_out = get_task("countdown").load(TaskConfig(countdown=SMALL, **files))
     assert not {countdown.key(p) for p in train} & {countdown.key(p) for p in held_out}
+    assert {p.pop("prompt") for side in (train, held_out) for p in side} == {SMALL.prompt}
     return train, held_out
 
 
