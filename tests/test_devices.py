@@ -59,7 +59,9 @@ def test_four_devices_train_as_one(config, warm, four, tmp_path, monkeypatch):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (a["step"], key)
 
 
-def test_a_checkpoint_of_four_devices_goes_on_on_one(four, monkeypatch):
+def test_a_checkpoint_of_four_devices_is_exported_and_goes_on_on_one(four, tmp_path, monkeypatch):
+    assert cli.main(["export", str(four), "--out", str(tmp_path / "out")]) == 0  # its config's mesh is of four
+    assert (tmp_path / "out" / "model.safetensors").exists()
     monkeypatch.setattr(launch, "Graders", lucky)
     args = ["--mesh.data", "1", "--mesh.tensor", "1", "--steps", "4"]
     assert cli.main(["train", "--resume", str(four), *args]) == 0
