@@ -83,7 +83,7 @@ def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainStat
             replayed = store(parts, rollout, plan, out, order, progress.step)
             times = parts.clock.take() | rollout.seconds
             parts.journal.step(progress, rollout, plan, seen | replayed | metrics | scores | times, time.monotonic() - began)
-            if not checked and (plan.counted & ~plan.replaced).any():  # some counted row was sampled by these parameters
+            if not checked and any(rollout.slots[s].token_mask.any() for s in (plan.counted & ~plan.replaced).nonzero()[0]):
                 check_agreement(metrics, progress, c)
                 checked = True
             check_progress(progress, c)
@@ -149,7 +149,10 @@ def advance(progress: Progress, rollout: Rollout, metrics: dict[str, float], c: 
 
 
 def check_agreement(metrics: dict[str, float], progress: Progress, c: Config) -> None:
-    """Errors: UserError when sampler and trainer disagree. Top-k and top-p change the sampler's log-probs by intent."""
+    """Errors: UserError when sampler and trainer disagree on the step's own counted tokens, of which it has some.
+
+    Top-k and top-p change the sampler's log-probs by intent.
+    """
     limit = MISMATCH_LIMIT[c.model.dtype]
     full = c.sample.top_k is None and c.sample.top_p == 1
     if full and not metrics["mismatch/mean"] <= limit:

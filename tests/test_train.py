@@ -252,6 +252,22 @@ def test_overlong_rows_stay_in_the_baseline_and_leave_the_loss(tmp_path):
     assert batch.sampled_mask.any(axis=1).all()
 
 
+def test_a_first_step_whose_rows_are_all_overlong_is_no_mismatch(tmp_path):
+    """grpo keeps the slots, overlong masking leaves no token of theirs: nothing was compared, nothing is refused."""
+    c = tiny.config(steps=1, algorithm__name="grpo", loss__overlong="mask", sample__max_response_tokens=1)
+    parts = tiny.parts(tmp_path, c, grade=tiny.by_pattern([MIXED]))
+    parts = dataclasses.replace(parts, collect=dataclasses.replace(parts.collect, sample=endless(parts.collect.sample)))
+    train.loop(parts, tiny.state(parts.built), tiny.Progress())
+    assert rows(tmp_path)[0]["mismatch/mean"] is None and rows(tmp_path)[0]["update/skipped"] == 1
+
+
+def endless(sample):
+    def cut(params, prompts, key, *, version):
+        return dataclasses.replace(r := sample(params, prompts, key, version=version), ended=np.zeros_like(r.ended))
+
+    return cut
+
+
 def test_ten_dead_steps_stop_the_run(tmp_path):
     tmp_path.mkdir(exist_ok=True)
     with pytest.raises(UserError, match="step 3: 3 steps in a row without one effective group"):
