@@ -137,10 +137,17 @@ def load_all(config: TaskConfig) -> list[dict[str, Any]]:
 
 
 def teacher_answer(problem: Problem, rng: np.random.Generator, *, right: float) -> str:
-    """With probability `right` the answer, boxed, else a number near it (of another kind of answer: that plus a number)."""
-    answer = problem["answer"]
+    """With probability `right` the answer, boxed, else a number near it (of another kind of answer: that plus a number).
+
+    A generated problem is worked out before that, a line for each step; a wrong answer comes from a slip in one of them.
+    """
+    answer, slip = problem["answer"], 0
     if rng.random() >= right:
         slip = int(rng.integers(1, SLIP + 1)) * (1 if rng.random() < 0.5 else -1)
+    if "work" in problem:
+        lines, value = word_problems.worked(problem["work"], slip=slip, at=int(rng.integers(len(problem["work"]) - 1)))
+        return f"{lines}\n\\boxed{{{value}}}"
+    if slip:
         whole = answer.removeprefix("-").isdecimal() and len(answer) < 60
         answer = str(int(answer) + slip) if whole else f"{answer} + {abs(slip)}"
     return f"\\boxed{{{answer}}}"

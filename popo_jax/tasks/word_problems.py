@@ -1,7 +1,7 @@
 """Generated word problems with whole answers, short and plain enough for a tiny policy: "Tom has 7 pens, loses 3. How many?"
 
 A beginning gives a number of things, each step after it adds, takes away, or doubles. Held out are expressions, whatever the
-names and things.
+names and things; worked out step by step, they consist of smaller ones that training has too.
 """
 
 from __future__ import annotations
@@ -52,16 +52,17 @@ def _problem(c: MathConfig, draw: Sequence[int]) -> Row:
     name, thing, kind, first, second, *rest = draw
     who, what = NAMES[name % len(NAMES)], THINGS[thing % len(THINGS)]
     a, b, bags = 1 + first % c.high, 1 + second % c.high, 2 + second % (MAX_BAGS - 1)
-    openings: Mapping[int, tuple[str, str, int, int]] = {
-        0: (f"{who} has {a} {what}", f"{a}", a, 0),
-        1: (f"{who} has {a} {what} and {b} more", f"{a}+{b}", a + b, 1),
-        2: (f"{who} has {bags} bags of {a} {what}", f"{bags}*{a}", bags * a, 1),
+    openings: Mapping[int, tuple[str, list[str], int]] = {
+        0: (f"{who} has {a} {what}", [f"{a}"], a),
+        1: (f"{who} has {a} {what} and {b} more", [f"{a}", f"+{b}"], a + b),
+        2: (f"{who} has {bags} bags of {a} {what}", [f"{bags}", f"*{a}"], bags * a),
     }
-    text, expression, value, steps = openings[kind % 3]
-    for choice, number in zip(rest[: c.steps - steps], rest[c.steps : 2 * c.steps - steps], strict=True):
+    text, work, value = openings[kind % 3]
+    left = c.steps + 1 - len(work)
+    for choice, number in zip(rest[:left], rest[c.steps : c.steps + left], strict=True):
         clause, sign, value = _step(choice, number, value, c.high)
-        text, expression = f"{text}, {clause}", f"{expression}{sign}"
-    return {"problem": f"{text}. How many?", "answer": str(value), "expression": expression}
+        text, work = f"{text}, {clause}", [*work, sign]
+    return {"problem": f"{text}. How many?", "answer": str(value), "expression": "".join(work), "work": tuple(work)}
 
 
 def _step(choice: int, number: int, value: int, high: int) -> tuple[str, str, int]:
@@ -74,3 +75,18 @@ def _step(choice: int, number: int, value: int, high: int) -> tuple[str, str, in
         return f"{GAINS[word]} {n}", f"+{n}", value + n
     n = 1 + number % min(value, high)
     return f"{LOSSES[word]} {n}", f"-{n}", value - n
+
+
+def worked(work: Sequence[str], *, slip: int = 0, at: int = -1) -> tuple[str, int]:
+    """(a line for each step, what comes out) of a problem's `work`, from left to right; step `at` is wrong by `slip`.
+
+    worked(("7", "-3", "+5")) == ("7-3=4\n4+5=9", 9)
+    """
+    value, lines = int(work[0]), []
+    for i, step in enumerate(work[1:]):
+        sign, n = step[0], int(step[1:])
+        result = value * n if sign == "*" else value + n if sign == "+" else value - n
+        result += slip if i == at else 0
+        lines.append(f"{value}{step}={result}")
+        value = result
+    return "\n".join(lines), value

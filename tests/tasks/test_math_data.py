@@ -268,11 +268,38 @@ def test_too_few_expressions_are_told() -> None:
 
 def test_generated_problems_are_the_default_and_fit_the_character_tokenizer() -> None:
     train, _ = mathematics.load(TaskConfig(name="math", math=WORDS))
-    assert len(train) == 20000 and train[0].keys() == {"problem", "answer", "expression", "instruction"}
+    assert len(train) == 20000 and train[0].keys() == {"problem", "answer", "expression", "work", "instruction"}
     assert max(map(len, characters().encode_all([mathematics.prompt_text(p) for p in train[:500]]))) <= 64
-    rng = np.random.default_rng(0)
-    texts = [mathematics.teacher_answer(p, rng, right=1.0) for p in train[:3]]
-    assert texts == [f"\\boxed{{{p['answer']}}}" for p in train[:3]]
+
+
+WORK = [
+    (("7", "-3"), 0, 0, "7-3=4", 4),
+    (("7", "-3", "+5"), 0, 0, "7-3=4\n4+5=9", 9),
+    (("3", "*4", "-12", "*2"), 0, 0, "3*4=12\n12-12=0\n0*2=0", 0),
+    (("7", "-3", "+5"), 2, 0, "7-3=6\n6+5=11", 11),  # the slip goes on
+    (("7", "-3", "+5"), -10, 1, "7-3=4\n4+5=-1", -1),
+    (("7", "-9", "*2"), 0, 0, "7-9=-2\n-2*2=-4", -4),
+]
+
+
+@pytest.mark.parametrize(("work", "slip", "at", "lines", "result"), WORK)
+def test_problems_are_worked_out_from_left_to_right(work: tuple[str, ...], slip: int, at: int, lines: str, result: int) -> None:
+    assert word_problems.worked(work, slip=slip, at=at) == (lines, result)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_teacher_works_a_generated_problem_out_and_slips_in_any_step(steps: int) -> None:
+    train, _ = mathematics.load(TaskConfig(name="math", math=MathConfig(steps=steps, eval_problems=20, train_problems=300)))
+    rng, slipped = np.random.default_rng(0), set()
+    for p in train:
+        right, wrong = (mathematics.teacher_answer(p, rng, right=r).split("\n") for r in (1.0, 0.0))
+        assert right == [*word_problems.worked(p["work"])[0].split("\n"), f"\\boxed{{{p['answer']}}}"]
+        assert len(wrong) == steps + 1 and wrong[-1] != right[-1]
+        assert wrong[-1] == f"\\boxed{{{wrong[-2].partition('=')[2]}}}"  # what it worked out is what it answers
+        false = [i for i, line in enumerate(wrong[:-1]) if value(line.partition("=")[0]) != int(line.partition("=")[2])]
+        assert len(false) == 1
+        slipped.add(false[0])
+    assert slipped == set(range(steps))
 
 
 # Settings

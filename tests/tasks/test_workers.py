@@ -219,8 +219,10 @@ def test_workers_are_kept_between_calls_and_replaced_when_killed_between(pool: P
         assert pool(jobs(["sleep 0.01"] * 20, log=str(tmp_path / name))) == [right("sleep 0.01")] * 20
         return {int(line.split()[0]) for line in (tmp_path / name).read_text().splitlines()}
 
-    first = pids("a")
-    assert pids("b") == first and len(first) == 2
+    ready = time.monotonic() + 60
+    while len(first := pids("a")) < 2:  # a worker that starts slowly misses calls that the other one finishes
+        assert time.monotonic() < ready
+    assert pids("b") <= first
     for pid in first:
         os.kill(pid, signal.SIGKILL)
     assert not pids("c") & first
