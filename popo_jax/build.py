@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -25,6 +26,7 @@ from popo_jax.rl import update
 from popo_jax.rl.optim import make_tx
 from popo_jax.rl.state import Batch, Params, StepOut, TrainState, abstract_batch, batch_specs
 from popo_jax.rl.supervised import supervised_step
+from popo_jax.runtime import mesh as meshes
 from popo_jax.sampling.sampler import Decoding, Sampler
 from popo_jax.split import fitted, memory, split_for
 from popo_jax.types import UserError
@@ -69,7 +71,7 @@ class Built:
         """A state at step 0 around placed `params`, which it takes over: the train step donates them."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         trained, _ = lora.split(params, self.model.c)
-        step = jax.device_put(jax.numpy.zeros((), jax.numpy.int32), shardings.step)
+        step = meshes.place(np.zeros((), np.int32), self.mesh, PartitionSpec())
         return TrainState(step, params, jax.jit(self.tx.init, out_shardings=shardings.opt_state)(trained))
 
     def sampler(self, *, samples: int, temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Sampler:
@@ -100,12 +102,13 @@ def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mes
     abstract = abstract_state(model, tx, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
     rows, replicated = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, PartitionSpec())
+    spoken = replicated if mesh.is_multi_process else rows  # every process stores all groups
 
     def train_step(split: Config) -> Any:
         return jax.jit(
             functools.partial(update.train_step, model=model, tx=tx, c=split),
             in_shardings=(state_shardings, jax.tree.map(lambda s: NamedSharding(mesh, s), batch_specs())),
-            out_shardings=(state_shardings, StepOut(replicated, rows)),  # type: ignore[arg-type]
+            out_shardings=(state_shardings, StepOut(replicated, spoken)),  # type: ignore[arg-type]
             donate_argnums=0,
         )
 
@@ -119,7 +122,7 @@ def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mes
         split = fitted(device.platform, c, shards, needs, memory(c, stats.get("bytes_limit")))
     else:
         split = split_for(device.platform, c, shards)
-    score = _scorer(split, model, state_shardings.params, rows)
+    score = _scorer(split, model, state_shardings.params, mesh, spoken)
     return Built(c, split, mesh, model, tx, eos_ids, abstract, train_step(split), score)
 
 
@@ -149,12 +152,12 @@ def abstract_state(model: Decoder, tx: optax.GradientTransformation, mesh: Mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), tree, spec_tree)
 
 
-def _scorer(c: Config, model: Decoder, params: Any, rows: NamedSharding) -> Callable[[Params, Any], jax.Array]:
-    @functools.partial(jax.jit, in_shardings=(params, rows), out_shardings=rows)
+def _scorer(c: Config, model: Decoder, params: Any, mesh: Mesh, spoken: NamedSharding) -> Callable[[Params, Any], jax.Array]:
+    @functools.partial(jax.jit, in_shardings=(params, NamedSharding(mesh, sharding.BATCH)), out_shardings=spoken)
     def score(params: Params, tokens: jax.Array) -> jax.Array:
         rows = tokens.shape[0]
         n = max(rows // c.batch.micro_batch, 1) if isinstance(c.batch.micro_batch, int) else 1
         n = next(i for i in range(n, rows + 1) if rows % i == 0)  # candidates' rows need not be a multiple
         return update.score(params, tokens, model=model, temperature=c.sample.temperature, parts=n)
 
-    return score
+    return lambda params, tokens: score(params, meshes.place(tokens, mesh, sharding.BATCH))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 
@@ -19,11 +20,17 @@ from popo_jax.eval_args import EvalArgs
 from popo_jax.rules import resolve, unread, why_unread
 from popo_jax.types import UserError
 
+if TYPE_CHECKING:
+    from popo_jax.runtime.console import Console
+    from popo_jax.runtime.peers import Peers
+
 A = TypeVar("A")
 USAGE = """usage: popo COMMAND ...
 
   popo train CONFIG [--key value ...]     train; --algorithm grpo, --seed 1, --loss.clip-low 0.1 and so on
   popo train --resume RUN [--from-step N] go on with a run
+                                          in several processes: the same command once on every host; found on Cloud TPU and
+                                          SLURM, else told: --coordinator HOST:PORT --processes N --process I
   popo sft CONFIG --out DIR               only the warm start
   popo eval MODEL_OR_RUN [--task AIME24]  avg@k and pass@k on held-out problems or a suite; --answers FILE: of given answers
   popo export RUN --out DIR [--step N]    a folder that transformers opens
@@ -69,9 +76,9 @@ class BenchArgs:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done (or stopped and saved), 2 bad input told in one sentence."""
+    """Exit status: 0 done (or stopped and saved), 2 bad input told in one sentence, 3 another process of the run was lost."""
     args = list(sys.argv[1:] if argv is None else argv)
-    commands: Mapping[str, Callable[[list[str]], None]] = {
+    commands: Mapping[str, Callable[[list[str]], int | None]] = {
         "train": _train,
         "sft": _sft,
         "eval": _eval,
@@ -85,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args[0] not in commands:
             raise UserError(f"popo {args[0]}: no such command{plain.nearest(args[0], commands)}; popo --help lists them")
-        commands[args[0]](args[1:])
+        return commands[args[0]](args[1:]) or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -97,7 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; what was saved before is whole", file=sys.stderr)
         return 130
-    return 0
 
 
 def parse_config(path: str | None, overrides: Sequence[str], say: Callable[[str], None]) -> Config:
@@ -173,39 +179,55 @@ def _given_keys(overrides: Sequence[str]) -> dict[str, str]:
     return keys
 
 
-def _train(args: list[str]) -> None:
-    path, resume, from_step, rest = _split(args)
+def _train(args: list[str]) -> int | None:
+    path, how, rest = _split(args)
+    from popo_jax.runtime import supervise
     from popo_jax.runtime.console import Console
 
-    console = Console()
-    if resume is None:
-        if from_step is not None:
-            raise UserError(f"popo train: --from-step {from_step} goes with --resume RUN")
-        if path is None and "--help" not in rest and "-h" not in rest:
+    helped = bool({"-h", "--help"} & set(rest))
+    if how.resume is None:
+        if how.from_step is not None:
+            raise UserError(f"popo train: --from-step {how.from_step} goes with --resume RUN")
+        if path is None and not helped:
             raise UserError("popo train: expected a config file or --resume RUN, got neither")
+    elif path is not None:
+        raise UserError(f"popo train: --resume {how.resume} takes its config from the run; expected no config file, got {path}")
+    told = any(x is not None for x in (how.coordinator, how.processes, how.process))
+    if helped or not supervise.several(told):
+        _train_here(path, how, rest, Console())
+        return None
+    if not supervise.child():
+        return supervise.run(["train", *args])
+    from popo_jax.runtime import peers
+
+    _start()
+    place = peers.Place(how.coordinator, how.processes, how.process)
+    return peers.leaving_together(place, lambda p: _train_here(path, how, rest, Console(quiet=p.index > 0), p))
+
+
+def _train_here(path: str | None, how: argparse.Namespace, rest: list[str], console: Console, peers: Peers | None = None) -> None:
+    if how.resume is None:
         c = parse_config(path, rest, console.say)
-        launch = _start()
-        launch.new(c, console)
+        _start().new(c, console, peers)
         return
-    if path is not None:
-        raise UserError(f"popo train: --resume {resume} takes its config from the run; expected no config file, got {path}")
     from popo_jax import run_dir
 
-    run = run_dir.open_existing(resume)
+    run = run_dir.open_existing(how.resume)
     c = parse_config(str(run.path / "config.yaml"), rest, console.say)
-    _start().resume(c, run, from_step, console)
+    _start().resume(c, run, how.from_step, console, peers)
 
 
-def _split(args: list[str]) -> tuple[str | None, str | None, int | None, list[str]]:
-    """(config path, --resume, --from-step, everything else)."""
-    import argparse
-
+def _split(args: list[str]) -> tuple[str | None, argparse.Namespace, list[str]]:
+    """(config path, what says how to start, everything else)."""
     parser = argparse.ArgumentParser(prog="popo train", add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
     parser.add_argument("--from-step", type=int)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int)
     path = args[0] if args and not args[0].startswith("-") else None
     known, rest = parser.parse_known_args(args[1:] if path else args)
-    return path, known.resume, known.from_step, rest
+    return path, known, rest
 
 
 def _start() -> Any:

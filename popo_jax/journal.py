@@ -13,17 +13,24 @@ from popo_jax.types import FillPlan, Group
 
 @dataclass(frozen=True, eq=False)
 class Journal:
+    """Of several processes the first one's writes; all hold the same."""
+
     run: RunDir
     loggers: Loggers
     console: Console
+    writes: bool = True
 
     def row(self, row: dict[str, float]) -> None:
+        if not self.writes:
+            return
         self.run.metrics.append(row)
         self.loggers.log(int(row["step"]), row)
         self.console.row(row)
 
     def step(self, progress: Progress, rollout: Rollout, plan: FillPlan, measured: dict[str, float], seconds: float) -> None:
         """Row n speaks of the state after n updates; samples and replays of step n are what update n was made from."""
+        if not self.writes:
+            return
         n = progress.step
         self.run.samples.write(n, samples(rollout))
         self.run.replays.write(n, replays(plan))

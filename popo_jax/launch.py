@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,15 +25,17 @@ from popo_jax.problems import GradeFn
 from popo_jax.replay.buffer import Buffer
 from popo_jax.rl.rollout import Collector, reference_scorer
 from popo_jax.rl.state import Params, Purpose, TrainState, key_for
-from popo_jax.run_dir import Progress, RunDir
+from popo_jax.run_dir import Progress, RunDir, digest, versions
 from popo_jax.runtime.checkpoints import Checkpoints
 from popo_jax.runtime.clocks import Clock
 from popo_jax.runtime.console import Console
 from popo_jax.runtime.mesh import make_mesh
+from popo_jax.runtime.peers import Peers
 from popo_jax.runtime.signals import stop_wish
 from popo_jax.runtime.writers import Loggers
 from popo_jax.tasks.graders import Graders
-from popo_jax.types import Group, UserError
+from popo_jax.tasks.pool import Job
+from popo_jax.types import Group, Prompt, UserError, Verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,48 +48,61 @@ class Start:
     progress: Progress
 
 
-def new(c: Config, console: Console) -> dict[str, Any]:
-    """`popo train CONFIG`: a new run directory, trained to the end. Returns the summary."""
+def new(c: Config, console: Console, peers: Peers | None = None) -> dict[str, Any]:
+    """`popo train CONFIG`: a new run directory, trained to the end. Returns the summary.
+
+    As one of several processes, all of which call this with the same config and see the same run directory.
+    """
     with Graders(c) as grade:
-        return _new(c, grade, console)
+        return _new(c, grade, console, peers or Peers())
 
 
-def resume(c: Config, run: RunDir, step: int | None, console: Console) -> dict[str, Any]:
+def resume(c: Config, run: RunDir, step: int | None, console: Console, peers: Peers | None = None) -> dict[str, Any]:
     """`popo train --resume RUN`: from its newest whole checkpoint, or the one of `step`, to the end."""
     with Graders(c) as grade:
-        return _resume(c, run, step, grade, console)
+        return _resume(c, run, step, grade, console, peers or Peers())
 
 
-def _new(c: Config, grade: GradeFn, console: Console) -> dict[str, Any]:
+def _new(c: Config, grade: GradeFn, console: Console, peers: Peers) -> dict[str, Any]:
     mesh = make_mesh(c)
-    run_dir.create(c, make=False)  # refused before the warm start, made when nothing else can be refused
-    folder = sft.starting_policy(c, mesh, console.say)
+    peers.same("config", {"config": digest(c)})
+    peers.first("look", lambda: run_dir.create(c, make=False))  # before the warm start; made when nothing can be refused
+    folder = sft.starting_policy(c, mesh, console.say, peers)
     policy = policies.describe(folder, c)
     for sentence in policies.lacks(policy, c):
         console.say(sentence)
-    c = replace(c, chat=dated(c.chat, policy.tokenizer))  # a run's prompts do not change overnight
+    c = replace(c, chat=peers.first("date", lambda: dated(c.chat, policy.tokenizer)))  # of the run's start, in all of it
     sources = problems.load(c, policy.tokenizer)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh, fit=True)
     if c.batch.micro_batch == "auto":  # written down: another machine's choice would round a resumed run otherwise
         c = replace(c, batch=replace(c.batch, micro_batch=built.split.batch.micro_batch, memory_gb=None))
     params = built.load(folder, key_for(c.seed, Purpose.INIT, 0))
     reference = _reference(c, built, folder, policy)
-    run = run_dir.create(c)
-    console.say(f"Run directory: {run.path}")
     prints = _fingerprints(policy, sources, grade)
-    run_dir.write_config(run, c, prints)
-    policies.save(run.path / "policy", policy, None)
+    peers.same("start", prints | versions())
+    run = RunDir.at(peers.first("run", lambda: _made(c, prints, policy)))
+    if not all(peers.tell("sees", (run.path / "config.yaml").exists())):
+        raise UserError(f"all processes must see the run directory {run.path}: on a shared file system, or gs://; one does not")
+    console.say(f"Run directory: {run.path}")
     start = Start(built.state(params), Buffer(c.replay), _selection(c), Progress())
-    return _go(c, run, built, policy, sources, prints, grade, start, reference, console)
+    return _go(c, run, built, policy, sources, prints, grade, start, reference, console, peers)
 
 
-def _resume(c: Config, run: RunDir, step: int | None, grade: GradeFn, console: Console) -> dict[str, Any]:
+def _made(c: Config, prints: dict[str, str], policy: Policy) -> str:
+    run = run_dir.create(c)
+    policies.save(run.path / "policy", policy, None)
+    run_dir.write_config(run, c, prints)
+    return str(run.path)
+
+
+def _resume(c: Config, run: RunDir, step: int | None, grade: GradeFn, console: Console, peers: Peers) -> dict[str, Any]:
     mesh, policy = make_mesh(c), policies.describe(run.path / "policy", c)
+    peers.same("config", {"config": digest(c)})
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh, fit=True)
     with _checkpoints(c, run) as checkpoints:
         if not checkpoints.steps():
             raise UserError(f"{run.path} holds no checkpoint yet; start it anew with: popo train {run.path / 'config.yaml'}")
-        step = checkpoints.steps()[-1] if step is None else step
+        step = peers.first("from", lambda: checkpoints.steps()[-1] if step is None else step)
         where = f"checkpoint {run.path / 'checkpoints' / str(step)}"
         sources = problems.load(c, policy.tokenizer)
         prints = _fingerprints(policy, sources, grade)
@@ -96,14 +111,13 @@ def _resume(c: Config, run: RunDir, step: int | None, grade: GradeFn, console: C
     buffer, selection = Buffer.from_arrays(c.replay, arrays), _selection(c)
     if selection is not None:
         selection.load(arrays)
-    _check_rows(run, step)
-    run.rewind(step)
-    run_dir.write_config(run, c, prints)
+    peers.same("start", prints | versions())
+    peers.first("rewind", lambda: _rewound(run, step, c, prints))
     console.say(f"Resuming {run.path} after step {step}")
     start = Start(state, buffer, selection, progress)
-    folder = sft.starting_policy(c, mesh, console.say) if c.loss.kl_coef else None
+    folder = sft.starting_policy(c, mesh, console.say, peers) if c.loss.kl_coef else None
     reference = _reference(c, built, folder, policy)
-    return _go(c, run, built, policy, sources, prints, grade, start, reference, console)
+    return _go(c, run, built, policy, sources, prints, grade, start, reference, console, peers)
 
 
 def _go(
@@ -117,12 +131,15 @@ def _go(
     start: Start,
     reference: Callable[[list[Group]], list[Group]] | None,
     console: Console,
+    peers: Peers,
 ) -> dict[str, Any]:
     counts = {t.task: (len(t.problems), len(h.problems)) for t, h in zip(sources.train, sources.held_out, strict=True)}
     size = sum(x.size for x in jax.tree.leaves(built.abstract_state.params))
     console.banner(built.split, size, built.model.c.attention, jax.devices(), counts)
-    clock, journal = Clock(), Journal(run, Loggers(c.loggers, run.path, plain.to_plain(c)), console)
-    stream, decode = PromptStream(sources.train, seed=c.seed), policy.tokenizer.decode
+    first = peers.index == 0
+    clock, journal = Clock(), Journal(run, Loggers(c.loggers if first else (), run.path, plain.to_plain(c)), console, first)
+    stream, decode = _shared_stream(PromptStream(sources.train, seed=c.seed), peers), policy.tokenizer.decode
+    grade = _shared_grade(grade, peers)
     choose = start.selection.choose if start.selection is not None else None
     collect = Collector(c, built.rollout_sampler(), grade, decode, stream, reference, choose, Clock)
     score = _evaluator(c, built, policy, sources, grade, clock)
@@ -134,13 +151,34 @@ def _go(
                 arrays = start.buffer.arrays() | (start.selection.arrays() if start.selection is not None else {})
                 checkpoints.save(progress.step, state=state, replay=arrays, meta=meta, score=accuracy)
 
-        parts = train.Parts(c, built, collect, start.buffer, start.selection, score, journal, clock, save, wish.is_set)
+        def stopping() -> bool:
+            return any(peers.tell("stop", wish.is_set()))
+
+        parts = train.Parts(c, built, collect, start.buffer, start.selection, score, journal, clock, save, stopping, peers)
         began = time.monotonic()
-        if not run.metrics.rows():
+        if peers.first("rows", lambda: not run.metrics.rows()):
             journal.row({"step": 0} | score(start.state.params, 0))
         _, progress = train.loop(parts, start.state, start.progress)
         checkpoints.wait()
-    return _finish(c, run, progress, time.monotonic() - began, console)
+    return peers.first("end", lambda: _finish(c, run, progress, time.monotonic() - began, console))
+
+
+def _shared_stream(stream: PromptStream, peers: Peers) -> Callable[[int, int], list[Prompt]]:
+    """Each process reads its part of the prompts."""
+
+    def read(position: int, n: int) -> list[Prompt]:
+        return peers.shared("prompts", n, lambda part: stream(position + part.start, len(part)))
+
+    return read
+
+
+def _shared_grade(grade: GradeFn, peers: Peers) -> GradeFn:
+    """Each process grades its part of the responses."""
+
+    def graded(jobs: Sequence[Job]) -> list[Verdict]:
+        return peers.shared("grade", len(jobs), lambda part: grade([jobs[i] for i in part]))
+
+    return graded
 
 
 def _finish(c: Config, run: RunDir, progress: Progress, seconds: float, console: Console) -> dict[str, Any]:
@@ -165,6 +203,12 @@ def _finish(c: Config, run: RunDir, progress: Progress, seconds: float, console:
     (run.path / "summary.json").write_text(json.dumps(summary, indent=2))
     console.summary(summary, run.path)
     return summary
+
+
+def _rewound(run: RunDir, step: int, c: Config, prints: dict[str, str]) -> None:
+    _check_rows(run, step)
+    run.rewind(step)
+    run_dir.write_config(run, c, prints)
 
 
 def _check_rows(run: RunDir, step: int) -> None:

@@ -6,9 +6,12 @@ RUN/config.yaml  metrics.jsonl  samples/  replays/  checkpoints/N/  policy/  sum
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -84,6 +87,18 @@ def write_config(run: RunDir, c: Config, fingerprints: Mapping[str, str]) -> Non
 
 def code_version() -> str:
     return importlib.metadata.version("popo-jax")
+
+
+def versions() -> dict[str, str]:
+    """What several processes of a run must share besides config and data."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    return {"source code": code} | {f"version of {name}": importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+
+
+def digest(c: Config) -> str:
+    """Of a config, 16 hex digits."""
+    return hashlib.sha256(json.dumps(plain.to_plain(c), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def meta(c: Config, progress: Progress, fingerprints: Mapping[str, str]) -> dict[str, Any]:

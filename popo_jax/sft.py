@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import optax
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 import popo_jax.policy as policies
 from popo_jax import build, plain, problems
@@ -31,6 +31,7 @@ from popo_jax.rl.optim import make_tx
 from popo_jax.rl.state import Params, Purpose, TrainState, key_for
 from popo_jax.runtime import mesh as meshes
 from popo_jax.runtime.mesh import cache_dir
+from popo_jax.runtime.peers import Peers
 from popo_jax.sharding import BATCH, row_shards
 from popo_jax.task_config import TASK_NAMES
 from popo_jax.tasks import get_task
@@ -43,13 +44,13 @@ FORMAT = 1
 """Raise it when the same settings should give another warm start."""
 
 
-def starting_policy(c: Config, mesh: Mesh, say: Callable[[str], None]) -> epath.Path:
-    """Folder of the policy the run starts from; made now if the config names none and the cache has none."""
+def starting_policy(c: Config, mesh: Mesh, say: Callable[[str], None], peers: Peers) -> epath.Path:
+    """Folder of the policy the run starts from; made now if the config names none and the cache of some process has none."""
     if c.policy.path is not None:
         return locate(c.policy.path)
     fresh = fresh_policy(c)
     folder = cache_dir() / "warm_start" / cache_key(c, fresh)
-    if (folder / "config.json").exists():
+    if all(peers.tell("warm start", (folder / "config.json").exists())):
         say(f"The config names no policy: starting from the warm start kept in {folder}")
         return folder
     say("The config names no policy: teaching a fresh one the format first (kept for the next run)")
@@ -60,13 +61,13 @@ def starting_policy(c: Config, mesh: Mesh, say: Callable[[str], None]) -> epath.
 def make(c: Config, mesh: Mesh, folder: epath.PathLike, say: Callable[[str], None]) -> None:
     """Warm-start a fresh policy and write it to `folder`, whole or not at all; if another process was faster, its stays."""
     folder, policy = epath.Path(folder), fresh_policy(c)
-    params = warm_start(c, policy, mesh, say)
-    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    params = meshes.whole(warm_start(c, policy, mesh, say))
+    partial = folder.parent / f".{folder.name}.{jax.process_index()}-{os.getpid()}.partial"
     policies.save(partial, policy, params)
-    if folder.exists():
-        partial.rmtree()
-    else:
+    try:
         partial.rename(folder)
+    except OSError:  # it was there first
+        partial.rmtree()
     say(f"Warm start written to {folder}")
 
 
@@ -94,7 +95,7 @@ def warm_start(c: Config, policy: Policy, mesh: Mesh, say: Callable[[str], None]
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
     params = built.fresh_params(key_for(w.seed, Purpose.INIT, 0))
     tx = make_tx(OptimConfig(weight_decay=0.01))
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    state = TrainState(meshes.place(np.zeros((), np.int32), mesh, PartitionSpec()), params, tx.init(params))
     step = build.supervised(built.model, tx)
     examples = Examples(c, policy)
     chat = open_chat(c.chat, policy.tokenizer)

@@ -29,6 +29,7 @@ from popo_jax.rl.state import Batch, Params, StepOut, TrainState, batch_specs
 from popo_jax.run_dir import Progress
 from popo_jax.runtime.clocks import Clock
 from popo_jax.runtime.mesh import fetch, place
+from popo_jax.runtime.peers import Peers
 from popo_jax.types import FillPlan, UserError
 
 NONFINITE_LIMIT = 3
@@ -51,6 +52,8 @@ class Parts:
     clock: Clock
     save: Callable[[TrainState, Progress, float | None], None]
     stopping: Callable[[], bool]
+    """Does any process wish to stop?"""
+    peers: Peers = Peers()
 
 
 def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
@@ -100,6 +103,7 @@ def fill_batch(parts: Parts, rollout: Rollout, params: Params, step: int) -> tup
     with parts.clock("replay"):
         extra = c.slots - c.batch.prompts
         plan = fill(buffer, rollout.slots, version=step, preset=preset, seed=c.seed, step=step, extra=extra, divergence=scores)
+        parts.peers.same("plan", {f"replay plan of step {step}": plan.digest()})
         rows = assemble(rollout.slots, plan, buffer, T=c.row_tokens, marked_fresh=preset.marked_fresh)
         fields: tuple[dict[str, Any], np.ndarray] = arrange(rows, parts.built.split)
         return plan, place(Batch(**fields[0]), parts.built.mesh, batch_specs()), fields[1]

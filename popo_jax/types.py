@@ -6,6 +6,7 @@ positions, N tokens of a group's rows laid end to end (prompt included), B = P *
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -124,3 +125,8 @@ class FillPlan:
     def replaced(self) -> np.ndarray:
         """bool [P]."""
         return self.source >= 0
+
+    def digest(self) -> str:
+        """16 hex digits, the same wherever the plan is."""
+        parts = (np.ascontiguousarray(x).tobytes() for x in (self.source, self.counted, self.age))
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

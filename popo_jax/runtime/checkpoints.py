@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -30,6 +31,8 @@ class NpzHandler(ocp.CheckpointHandler):
     """A dict of numpy arrays as one .npz file."""
 
     def save(self, directory: epath.Path, args: NpzSave) -> None:
+        if jax.process_index() > 0:  # all hold the same
+            return
         buffer = io.BytesIO()
         np.savez(buffer, **dict(args.arrays))  # type: ignore[arg-type]
         (directory / NPZ).write_bytes(buffer.getvalue())
@@ -59,11 +62,13 @@ class Checkpoints:
         keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
         if keep_best:
             keep.append(policies.BestN(get_metric_fn=_score, reverse=False, n=keep_best, keep_checkpoints_without_metrics=False))
+        self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            create=True,
+            create=False,
             preservation_policy=policies.AnyPreservationPolicy(keep),
             best_fn=_score,
             enable_async_checkpointing=True,
+            multiprocessing_options=_barriers(),
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "replay": NpzHandler(), "meta": ocp.JsonCheckpointHandler()}
         registry = ocp.DefaultCheckpointHandlerRegistry()
@@ -166,6 +171,13 @@ class Checkpoints:
                     f"{self.directory}: the disk is full; checkpoints committed before ({self.steps()}) are whole"
                 ) from e
             raise
+
+
+def _barriers() -> Any:
+    """Processes wait for each other through jax.distributed's service: naming them all keeps orbax off the devices, where a
+    rollout is under way."""
+    several = jax.process_count() > 1
+    return ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())) if several else None)
 
 
 def _score(metrics: Mapping[str, float] | None) -> float:

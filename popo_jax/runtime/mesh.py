@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from popo_jax.config import Config
 from popo_jax.types import UserError
@@ -83,9 +83,24 @@ def divide_cpu(n: int) -> None:
 
 
 def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
-    """Host arrays onto the mesh by `specs`: one for all, or a tree of them."""
+    """Host arrays, the same on every process, onto the mesh by `specs`: one for all, or a tree of them."""
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    return jax.device_put(tree, shardings)
+    if not mesh.is_multi_process:
+        return jax.device_put(tree, shardings)
+
+    def own_parts(sharding: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), part)
+
+    return jax.tree.map(own_parts, shardings, tree)
+
+
+def whole(tree: Any) -> Any:
+    """Device arrays to numpy, on every process all of each: where other processes hold parts, all call this together."""
+    parted = [x for x in jax.tree.leaves(tree) if not (x.is_fully_addressable or x.is_fully_replicated)]
+    if parted:
+        everywhere = NamedSharding(parted[0].sharding.mesh, PartitionSpec())
+        tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
+    return fetch(tree)
 
 
 def fetch(tree: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from popo_jax.models.decoder import Decoder
@@ -106,9 +106,9 @@ class Sampler:
         row[len(prompts) * self.c.samples :] = -1
         drawn_as = np.where(row < 0, row, row + np.int32((first - at) * self.c.samples))
         rows, drawn = _prefill(weights, tokens, start, drawn_as, key, c=c, **static)
-        _record(out, drawn, row, 0)
+        _record(out, _to_host(drawn, self.mesh), row, 0)
         for t in range(1, c.max_response, c.chunk):
-            active = ~np.asarray(rows.done).reshape(shards, -1)
+            active = ~_to_host(rows.done, self.mesh).reshape(shards, -1)
             if not active.any():
                 break
             bucket = smaller_bucket(units * c.samples // shards, int(active.sum(axis=1).max()))
@@ -117,7 +117,7 @@ class Sampler:
                 row = np.take_along_axis(row.reshape(shards, -1), kept, axis=1).ravel()
                 rows = _take(rows, kept.ravel(), mesh=self.mesh)
             rows, drawn = _decode(weights, rows, np.int32(tokens.shape[1]), np.int32(t), key, c=c, **static)
-            _record(out, drawn, row, t)
+            _record(out, _to_host(drawn, self.mesh), row, t)
 
 
 def split_groups(prompts: int, samples: int, shards: int) -> tuple[int, int]:
@@ -158,14 +158,24 @@ def smaller_bucket(rows: int, active: int) -> int:
     return best
 
 
+def _to_host(tree: Any, mesh: Mesh) -> Any:
+    """As numpy; with several processes, all of it on each of them."""
+    return jax.tree.map(np.asarray, _everywhere(mesh)(tree) if mesh.is_multi_process else tree)
+
+
+@functools.cache
+def _everywhere(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, WHOLE))
+
+
 def _record(out: Responses, drawn: Drawn, row: np.ndarray, t: int) -> None:
     """Write a chunk drawn from position t on into the host's arrays."""
     real = row >= 0
     width = min(drawn.tokens.shape[1], out.tokens.shape[1] - t)
-    mask = np.asarray(drawn.mask)[real, :width]
+    mask = drawn.mask[real, :width]
     span = slice(t, t + width)
-    out.tokens[row[real], span] = np.where(mask, np.asarray(drawn.tokens)[real, :width], 0)
-    out.logp[row[real], span] = np.where(mask, np.asarray(drawn.logp)[real, :width], 0)
+    out.tokens[row[real], span] = np.where(mask, drawn.tokens[real, :width], 0)
+    out.logp[row[real], span] = np.where(mask, drawn.logp[real, :width], 0)
     out.sampled_mask[row[real], span] = mask
 
 
