@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -19,10 +19,6 @@ from popo_jax.config import Config, from_dict, without_preset
 from popo_jax.eval_args import EvalArgs
 from popo_jax.rules import resolve, unread, why_unread
 from popo_jax.types import UserError
-
-if TYPE_CHECKING:
-    from popo_jax.runtime.console import Console
-    from popo_jax.runtime.peers import Peers
 
 A = TypeVar("A")
 USAGE = """usage: popo COMMAND ...
@@ -205,7 +201,7 @@ def _train(args: list[str]) -> int | None:
     return peers.leaving_together(place, lambda p: _train_here(path, how, rest, Console(quiet=p.index > 0), p))
 
 
-def _train_here(path: str | None, how: argparse.Namespace, rest: list[str], console: Console, peers: Peers | None = None) -> None:
+def _train_here(path: str | None, how: argparse.Namespace, rest: list[str], console: Any, peers: Any = None) -> None:
     if how.resume is None:
         c = parse_config(path, rest, console.say)
         _start().new(c, console, peers)

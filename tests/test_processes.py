@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from popo_jax import cli, restore
 from popo_jax.runtime.checkpoints import Checkpoints
@@ -96,3 +97,14 @@ def test_a_chain_of_four_two_one_and_four_processes_is_the_unbroken_run(config):
         args = [str(config), "--run-dir", str(out), *steps] if i == 0 else ["--resume", str(out), *steps]
         several.run(n, args, devices=DEVICES // n, logs=config.parent / f"logs-chain-{i}")
     assert_same(out, whole(config, 1))
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_warm_start_together(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("POPO_CACHE", str(tmp_path / "cache"))
+    args = [str(config), "--run-dir", str(tmp_path / "run"), "--policy.path", "None", "--steps", "2"]
+    several.run(2, args, devices=2, logs=tmp_path / "logs")
+    (made,) = (tmp_path / "cache" / "warm_start").iterdir()
+    one = load_file(config.parent / "policy" / "model.safetensors")
+    for name, x in load_file(made / "model.safetensors").items():
+        np.testing.assert_allclose(x, one[name], rtol=0, atol=1e-6, err_msg=name)

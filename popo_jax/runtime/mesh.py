@@ -99,7 +99,7 @@ def whole(tree: Any) -> Any:
     parted = [x for x in jax.tree.leaves(tree) if not (x.is_fully_addressable or x.is_fully_replicated)]
     if parted:
         everywhere = NamedSharding(parted[0].sharding.mesh, PartitionSpec())
-        tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
+        tree = jax.device_put(tree, everywhere)
     return fetch(tree)
 
 
