@@ -25,6 +25,7 @@ from popo_jax.models.flash import causal, resolve_attention
 from popo_jax.models.kv_cache import Cache, allocate, visible, write
 from popo_jax.models.linear import Linear, precision, resolve_linear
 from popo_jax.models.norm import RMSNorm
+from popo_jax.models.placed import brought, by_rows
 from popo_jax.models.rope import Rope, rope
 from popo_jax.ops.hidden_logprobs import auto_chunk, hidden_logprobs
 from popo_jax.ops.logprobs import logprobs_and_entropy
@@ -131,9 +132,11 @@ class Decoder:
         hidden, shards = self.hidden(params, tokens), math.gcd(self.row_shards, tokens.shape[0])
         assert self.c.vocab_size is not None
         chunk = self.c.head_chunk or auto_chunk(tokens.shape[0] // shards, tokens.shape[1], self.c.vocab_size)
+        name = "embed" if self.c.tie_embeddings else "head"
+        head = brought({name: params[name]}, self.c.dtype, self.mesh)  # once, before the loop over chunks
         if chunk is None:
-            return logprobs_and_entropy(self.head(params, hidden), tokens, temperature=temperature)
-        weight, axis = (params["embed"]["embedding"], 0) if self.c.tie_embeddings else (params["head"]["kernel"], 1)
+            return logprobs_and_entropy(self.head(head, hidden), tokens, temperature=temperature)
+        weight, axis = (head["embed"]["embedding"], 0) if self.c.tie_embeddings else (head["head"]["kernel"], 1)
         how = {"temperature": temperature, "chunk": chunk, "vocab_axis": axis, "row_shards": shards}
         return hidden_logprobs(hidden, weight, tokens, **how)  # type: ignore[arg-type]
 
@@ -142,12 +145,14 @@ class Decoder:
         angles, attend = rope(jnp.arange(tokens.shape[1]), self.c), _causal(self.c, self.mesh)
 
         def block(x: Array, weights: Params) -> tuple[Array, None]:
-            return _apply(Block(self.c), weights, x, angles, attend)[0], None
+            weights = brought(weights, self.c.dtype, self.mesh, below="layers")
+            return by_rows(_apply(Block(self.c), weights, x, angles, attend)[0], self.mesh), None
 
-        x = _apply(Embed(self.c), params["embed"], tokens)
+        embed = brought({"embed": params["embed"]}, self.c.dtype, self.mesh)["embed"]
+        x = by_rows(_apply(Embed(self.c), embed, tokens), self.mesh)
         unroll = min(UNROLL, self.c.layers) if self.c.remat == "none" else 1
         x, _ = jax.lax.scan(_remat(block, self.c.remat), x, params["layers"], unroll=unroll)
-        return self._norm(params, x)
+        return by_rows(self._norm(params, x), self.mesh)
 
     def head(self, params: Params | DecodeParams, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of hidden states, summed in float32 whatever the computation's dtype."""
