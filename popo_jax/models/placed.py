@@ -1,8 +1,8 @@
 """Where activations and weights lie while a model split over a mesh computes (fully sharded data parallelism).
 
-The residual stream is split by its rows alone, each weight brought together from its parts along `fsdp` right before it is used,
-and its gradient taken apart again. Left to itself the compiler splits what a split weight multiplies: every device computes all rows, and
-logits travel.
+The residual stream is split by its rows alone; each weight is brought together from its parts along `fsdp` right before it is
+used, and its gradient taken apart again. Left to itself the compiler splits what a split weight multiplies: every device
+computes all rows, and logits travel.
 """
 
 from __future__ import annotations
