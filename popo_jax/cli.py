@@ -31,6 +31,7 @@ USAGE = """usage: popo COMMAND ...
   popo eval MODEL_OR_RUN [--task AIME24]  avg@k and pass@k on held-out problems or a suite; --answers FILE: of given answers
   popo export RUN --out DIR [--step N]    a folder that transformers opens
   popo inspect RUN                        what a run and its checkpoints hold
+  popo plan CONFIG --topology v5p:4x4x8   will it fit those TPUs, and how fast at best; compiled here, without one
   popo bench [CASE ...]                   how fast the parts are here; --list names the cases
 
 popo COMMAND --help lists the options; popo train CONFIG --help lists every setting."""
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "export": _export,
         "inspect": _inspect,
+        "plan": _plan,
         "bench": _bench,
     }
     if not args or args[0] in ("-h", "--help"):
@@ -284,6 +286,23 @@ def _inspect(args: list[str]) -> None:
     from popo_jax import inspect
 
     inspect.command(a.run)
+
+
+def _plan(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="popo plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--topology")
+    parser.add_argument("--shape")
+    parser.add_argument("--json", action="store_true")
+    path = args[0] if args and not args[0].startswith("-") else None
+    known, rest = parser.parse_known_args(args[1:] if path else args)
+    if path is None or known.topology is None:
+        raise UserError("popo plan: expected CONFIG --topology CHIP:SHAPE [--shape CONFIG.JSON] [--json] [--key value ...]")
+    c = parse_config(path, rest, lambda text: print(text, file=sys.stderr))
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    _start()
+    from popo_jax.plan.command import command
+
+    command(c, known.topology, shape=known.shape, as_json=known.json)
 
 
 def _bench(args: list[str]) -> None:

@@ -42,6 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "run_dir": {"runtime"},
     "restore": WIRING,
     "journal": {"runtime", "run_dir", "rl"},
+    "costs": set(),
+    "plan": {"costs", "split", *WIRING},
     "sft": WIRING,
     "evaluate": WIRING,
     "exam": WIRING | {"restore", "evaluate", "answers"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,13 +38,17 @@ def make_mesh(c: Config) -> Mesh:
     Errors: UserError if the axes do not multiply to the number of devices.
     """
     divide_cpu(cpu_devices(c, cores()))
-    devices, m = jax.device_count(), c.mesh
-    data = m.data if m.data is not None else devices // (m.fsdp * m.tensor)
-    if data * m.fsdp * m.tensor != devices:
-        raise UserError(
-            f"mesh: data x fsdp x tensor must be the number of devices ({devices}), got {data} x {m.fsdp} x {m.tensor}"
-        )
-    return jax.make_mesh((data, m.fsdp, m.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return mesh_of(c, jax.devices())
+
+
+def mesh_of(c: Config, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh of `c` over these devices. Errors: UserError, as `make_mesh`."""
+    n, m = len(devices), c.mesh
+    data = m.data if m.data is not None else n // (m.fsdp * m.tensor)
+    if data * m.fsdp * m.tensor != n:
+        raise UserError(f"mesh: data x fsdp x tensor must be the number of devices ({n}), got {data} x {m.fsdp} x {m.tensor}")
+    axes = ("data", "fsdp", "tensor")
+    return jax.make_mesh((data, m.fsdp, m.tensor), axes, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def cores() -> int:

@@ -10,7 +10,7 @@ draw: keys belong to (row, token).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -94,6 +94,25 @@ class Sampler:
             self._wave(weights, prompts[at : at + per_wave], key, at, first + at, per_wave, out)
         return replace(out, ended=_ended(out, self.c.eos_ids))
 
+    def programs(self, params: Any, prompts: int) -> Iterator[tuple[str, Any, Any]]:
+        """(name, compiled program, ShapeDtypeStructs of its results) for a full wave of `prompts` prompts at the longest, one
+        after another: cast, prefill, decode. `params` are ShapeDtypeStructs with shardings. What a call runs, nothing else."""
+        shards, static = row_shards(self.mesh.shape), {"model": self.model, "mesh": self.mesh}
+        parts, units = split_groups(prompts, self.c.samples, shards)
+        c = replace(self.c, samples=self.c.samples // parts)
+        i32, key = jnp.int32, jax.eval_shape(lambda: jax.random.key(0))
+
+        def compiled(name: str, program: Any, *args: Any, **more: Any) -> tuple[str, Any, Any]:
+            done = program.lower(*args, **more, **static).compile()
+            shapes = jax.eval_shape(functools.partial(program, **more, **static), *args)
+            return name, done, jax.tree.map(_laid, shapes, done.output_shardings)
+
+        yield (cast := compiled("cast", _for_decode, params))
+        tokens, start, row = (jax.ShapeDtypeStruct(s, i32) for s in ((units, c.max_prompt), (units,), (units * c.samples,)))
+        yield (prefill := compiled("prefill", _prefill, cast[2], tokens, start, row, key, c=c))
+        at = jax.ShapeDtypeStruct((), i32)
+        yield compiled("decode", _decode, cast[2], prefill[2][0], at, at, key, c=c)
+
     def _wave(
         self, weights: Any, prompts: Sequence[np.ndarray], key: jax.Array, at: int, first: int, size: int, out: Responses
     ) -> None:
@@ -118,6 +137,10 @@ class Sampler:
                 rows = _take(rows, kept.ravel(), mesh=self.mesh)
             rows, drawn = _decode(weights, rows, np.int32(tokens.shape[1]), np.int32(t), key, c=c, **static)
             _record(out, _to_host(drawn, self.mesh), row, t)
+
+
+def _laid(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def split_groups(prompts: int, samples: int, shards: int) -> tuple[int, int]:

@@ -1,0 +1,103 @@
+"""What a plan holds: memory and rooflines of compiled programs, whether they fit, and what would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from popo_jax.config import Config
+from popo_jax.costs.chips import Chip
+from popo_jax.costs.count import Collective, Count
+from popo_jax.costs.model import ModelFlops, model_flops
+from popo_jax.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip while a program runs."""
+
+    arguments: float = 0.0
+    """Without the KV cache."""
+    cache: float = 0.0
+    temporaries: float = 0.0
+    """Results that take no argument's place are among them."""
+    code: float = 0.0
+    resident: float = 0.0
+    """What lies there besides: the train state while the sampler runs, the reference policy."""
+
+    @property
+    def total(self) -> float:
+        return self.arguments + self.cache + self.temporaries + self.code + self.resident
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds that each part of a chip is needed for at least, all else for nothing: an estimate from below."""
+
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def limit(self) -> str:
+        return max(asdict(self), key=lambda name: float(getattr(self, name)))
+
+
+def roofline(c: Count, chip: Chip) -> Roofline:
+    return Roofline(c.flops / chip.flops, c.bytes / chip.hbm_speed, sum(map(sent, c.collectives)) / chip.link_speed)
+
+
+def sent(c: Collective) -> float:
+    """Bytes that leave a device, in a ring: a reduction of everything is scattered, then gathered."""
+    rounds = {"all-reduce": 2.0 * (c.group - 1) / c.group, "collective-permute": 1.0}
+    return c.bytes * c.times * rounds.get(c.kind, (c.group - 1) / c.group)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program of one chip, compiled; or that it is too large to be."""
+
+    memory: Memory
+    counted: Count | None = None
+    """Of a step of training, or of one token of each row in decoding; None where it does not matter or did not compile."""
+
+
+@dataclass
+class Plan:
+    topology: str
+    chip: Chip
+    chips: int
+    c: Config
+    """With its mesh and micro-batch decided."""
+    model: ModelConfig
+    programs: dict[str, Program]
+    """train, cast, prefill, decode; those after one that does not compile are missing."""
+    largest: dict[str, int] = field(default_factory=dict)
+    """Setting -> the largest value with which its program fits, all else as it is."""
+    advice: list[str] = field(default_factory=list)
+    """Single changes, each compiled, with which everything fits."""
+    seconds: float = 0.0
+    """That planning took."""
+
+    @property
+    def fits(self) -> bool:
+        return fit(self.programs.values(), self.chip)
+
+    @property
+    def flops(self) -> ModelFlops:
+        """By arithmetic, all chips together, every row as long as can be."""
+        return model_flops(self.model, self.c.rows, self.c.row_tokens)
+
+    @property
+    def passes(self) -> float:
+        """Forward passes that a step takes: 3 for the gradient, 4 with everything computed again, 1 for the log-probs at the
+        start where several mini-batches follow."""
+        return 3.0 + (self.c.model.remat == "full") + (self.c.batch.mini_batches > 1)
+
+
+def fit(programs: Iterable[Program], chip: Chip) -> bool:
+    return all(p.memory.total <= chip.hbm_bytes for p in programs)
