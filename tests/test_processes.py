@@ -12,9 +12,10 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from popo_jax import cli, restore
+from popo_jax import cli, evaluate, problems, restore
 from popo_jax.runtime.checkpoints import Checkpoints
 from tests import several, tiny
+from tests.killable import luck
 
 STEPS = 8
 DEVICES = 4
@@ -108,3 +109,17 @@ def test_two_processes_make_the_warm_start_together(config, tmp_path, monkeypatc
     one = load_file(config.parent / "policy" / "model.safetensors")
     for name, x in load_file(made / "model.safetensors").items():
         np.testing.assert_allclose(x, one[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_four_processes_on_eight_devices_evaluates_alike_on_one(config):
+    out = config.parent / "eight"
+    args = [str(config), "--run-dir", str(out), "--mesh.data", "4", "--mesh.fsdp", "2", "--steps", "4"]
+    several.run(4, args, devices=2, logs=config.parent / "logs-eight")
+    r = restore.restore(out, None)
+    assert jax.device_count() == 1 and r.step == 4
+    prompts = evaluate.held_out(problems.load(r.c, r.policy.tokenizer).held_out, r.c.eval.problems)
+    sampler = r.built.sampler(samples=r.c.eval.samples, temperature=r.c.eval.temperature, top_p=r.c.eval.top_p)
+    answers = evaluate.answer(r.state.params, prompts, sampler, r.policy.tokenizer.decode, luck, seed=r.c.seed, version=4)
+    there = rows(out)[4]["eval/accuracy"]
+    assert 0 < there < 1 and evaluate.accuracy(answers)["eval/accuracy"] == there
