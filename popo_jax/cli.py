@@ -299,8 +299,7 @@ def _plan(args: list[str]) -> None:
         raise UserError("popo plan: expected CONFIG --topology CHIP:SHAPE [--shape CONFIG.JSON] [--json] [--key value ...]")
     c = parse_config(path, rest, lambda text: print(text, file=sys.stderr))
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    _start()
-    from popo_jax.plan.command import command
+    from popo_jax.plan.command import command  # without the cache of compiled programs: such as these cannot be read back
 
     command(c, known.topology, shape=known.shape, as_json=known.json)
 

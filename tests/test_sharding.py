@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -161,3 +162,39 @@ def test_eight_devices_compute_what_one_does():
         [sys.executable, "-c", textwrap.dedent(PROGRAM)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+STEP = """
+import sys, json, jax
+from jax.sharding import AxisType
+from popo_jax.build import build
+from popo_jax.config import from_dict
+from popo_jax.costs.count import count
+from popo_jax.costs.hlo import parse
+from popo_jax.rl.state import abstract_batch
+from popo_jax.rules import resolve
+mesh = jax.make_mesh(tuple(map(int, sys.argv[1:])), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+model = {"vocab_size": 4096, "layers": 4, "width": 512, "heads": 4, "kv_heads": 2, "head_dim": 128, "mlp": 1024}
+batch = {"prompts": 8, "group_size": 4, "micro_batch": 8, "length_buckets": 1}
+c = {"model": model | {"head_chunk": 128, "remat": "full"}, "batch": batch}
+c = resolve(from_dict(c | {"sample": {"max_prompt_tokens": 64, "max_response_tokens": 192}}))
+b = build(c, c.model, eos_ids=(1,), mesh=mesh)
+text = b.train_step.lower(b.abstract_state, abstract_batch(b.split)).compile().as_text()
+counted = count(parse(text), trips=lambda _: float(b.split.micro_batches), kernel=lambda *_: None)
+print(json.dumps({"moved": [(x.kind, x.bytes, x.source) for x in counted.collectives], "host": counted.host}))
+"""
+
+
+@pytest.mark.parametrize("mesh", [(1, 4, 1), (1, 2, 2)])
+def test_only_weights_and_their_gradients_travel(mesh):
+    """Nothing that is exchanged is as large as a chunk of a micro-batch's logits, or as much of the model as two blocks; and
+    nothing goes to the host within the step."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(STEP), *map(str, mesh)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    got = json.loads(done.stdout)
+    block, logits = 4 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1024), 4 * 8 * 128 * 4096
+    largest = max(got["moved"], key=lambda x: x[1])
+    assert largest[1] <= 1.1 * block < logits, largest
+    assert got["host"] == [] and any(kind == "all-gather" for kind, *_ in got["moved"])
