@@ -60,22 +60,31 @@ def _meshed(c: Config, n: int, say: Callable[[str], None]) -> Config:
 
 
 def _advice(p: Plan, programs: Programs) -> Iterator[str]:
-    for told, changed in _changes(p):
-        try:
-            good = fit(programs.all(changed).values(), p.chip)
-        except UserError:  # it cannot be split so
-            continue
-        if good:
-            yield told
+    """Another mesh only where nothing simpler helps: it is another train step and another sampler to compile."""
+    found = False
+    for changes in (_settings(p), _meshes(p)):
+        for told, changed in () if found else changes:
+            try:
+                good = fit(programs.all(changed).values(), p.chip)
+            except UserError:  # it cannot be split so
+                continue
+            if good:
+                found = True
+                yield told
 
 
-def _changes(p: Plan) -> Iterator[tuple[str, Config]]:
-    c, m = p.c, p.c.mesh
+def _settings(p: Plan) -> Iterator[tuple[str, Config]]:
+    c = p.c
     for name, n in p.largest.items():
-        told = f"--{name.replace('_', '-')} {n}"
-        yield told, split.with_micro(c, n) if name == "batch.micro_batch" else _with_rows(c, n)
+        changed = split.with_micro(c, n) if name == "batch.micro_batch" else _with_rows(c, n)
+        if changed != c:
+            yield f"--{name.replace('_', '-')} {n}", changed
     if c.model.remat != "full":
         yield "--model.remat full", replace(c, model=replace(c.model, remat="full"))
+
+
+def _meshes(p: Plan) -> Iterator[tuple[str, Config]]:
+    c, m = p.c, p.c.mesh
     if m.fsdp * m.tensor < p.chips:
         yield f"--mesh.fsdp {p.chips // m.tensor}", replace(c, mesh=replace(m, data=None, fsdp=p.chips // m.tensor))
     if m.fsdp % 2 == 0 and p.model.kv_heads % (2 * m.tensor) == 0:
