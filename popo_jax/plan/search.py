@@ -101,7 +101,9 @@ def _shards(c: Config, programs: Programs) -> int:
 
 
 def _largest_micro(c: Config, programs: Programs) -> int | None:
-    return _largest(_micros(c, programs), lambda n: programs.train(split.with_micro(c, n)).memory.total, programs.chip.hbm_bytes)
+    own = c.batch.micro_batch if isinstance(c.batch.micro_batch, int) else None
+    sizes, limit = _micros(c, programs), programs.chip.hbm_bytes
+    return _largest(sizes, lambda n: programs.train(split.with_micro(c, n)).memory.total, limit, own)
 
 
 def _largest_rows(c: Config, programs: Programs) -> int | None:
@@ -112,24 +114,26 @@ def _largest_rows(c: Config, programs: Programs) -> int | None:
     def need(rows: int) -> float:
         return max(p.memory.total for p in programs.sample(_with_rows(c, rows)).values())
 
-    return _largest(waves, need, programs.chip.hbm_bytes)
+    return _largest(waves, need, programs.chip.hbm_bytes, c.sample.max_rows or c.rows)
 
 
 def _with_rows(c: Config, rows: int) -> Config:
     return replace(c, sample=replace(c.sample, max_rows=rows))
 
 
-def _largest(sizes: Sequence[int], need: Callable[[int], float], limit: float) -> int | None:
+def _largest(sizes: Sequence[int], need: Callable[[int], float], limit: float, own: int | None = None) -> int | None:
     """The largest of ascending sizes whose need is within the limit; None: not even the first.
 
-    The need is nearly a line in the size: two tell it, then the size it tells is tried, and the next where that is in doubt.
+    The need is nearly a line in the size: two tell it (the smallest and `own`, which is known already, or the next), then the size
+    it tells is tried, and the one after where that is in doubt.
     """
     if not sizes or need(sizes[0]) > limit:
         return None
     if len(sizes) == 1:
         return sizes[0]
     first = need(sizes[0])
-    slope = max((need(sizes[1]) - first) / (sizes[1] - sizes[0]), 1.0)
+    other = own if own in sizes[1:] and need(own) <= limit else sizes[1]
+    slope = max((need(other) - first) / (other - sizes[0]), 1.0)
 
     def told(i: int) -> float:
         return first + slope * (sizes[i] - sizes[0])

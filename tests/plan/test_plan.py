@@ -84,6 +84,13 @@ def planned(c: Config, hbm: float) -> Plan:
     return p
 
 
+def test_what_is_known_already_is_not_compiled_again():
+    asked = set()
+    assert search._largest(sorted(LINE), lambda n: asked.add(n) or LINE[n], 45, own=8) == 16  # type: ignore[func-returns-value]
+    assert asked == {1, 8, 16}
+    assert search._largest(sorted(LINE), LINE.__getitem__, 23, own=8) == 4  # it does not fit, and says nothing of a line
+
+
 def test_only_changes_that_make_everything_fit_are_advised():
     p = planned(config(micro_batch=16), hbm=9)
     assert not p.fits and p.largest == {"batch.micro_batch": 8, "sample.max_rows": 32}
