@@ -124,15 +124,15 @@ def _with_rows(c: Config, rows: int) -> Config:
 def _largest(sizes: Sequence[int], need: Callable[[int], float], limit: float, own: int | None = None) -> int | None:
     """The largest of ascending sizes whose need is within the limit; None: not even the first.
 
-    The need is nearly a line in the size: two tell it (the smallest and `own`, which is known already, or the next), then the size
-    it tells is tried, and the one after where that is in doubt.
+    The need is nearly a line in the size: two tell it (the smallest, and `own`, which is known already, or the next), then the
+    size it tells is tried, and the one after where that is in doubt.
     """
     if not sizes or need(sizes[0]) > limit:
         return None
     if len(sizes) == 1:
         return sizes[0]
     first = need(sizes[0])
-    other = own if own in sizes[1:] and need(own) <= limit else sizes[1]
+    other = own if own is not None and own in sizes[1:] and need(own) <= limit else sizes[1]
     slope = max((need(other) - first) / (other - sizes[0]), 1.0)
 
     def told(i: int) -> float:
