@@ -49,7 +49,7 @@ class Line:
     temp_bytes: int | None
     """Memory of the compiled program besides arguments and results."""
     flops: int | None
-    """Model FLOPs of a round, by the formulas of flops.py."""
+    """Model FLOPs of a round, by the formulas of popo_jax/costs/arithmetic.py."""
     tokens_per_s: float | None
     share_of_peak: float | None
     """flops / median_s / the best rate of a matrix product in the same rounds."""

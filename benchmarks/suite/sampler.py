@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.suite import flops
 from benchmarks.suite.forced import Forced, equal, uniform
 from benchmarks.suite.measure import Timed, beside_peak, compiled
 from benchmarks.suite.report import Line, line
 from benchmarks.suite.sizes import Size, built, prompts
 from popo_jax.build import Built
+from popo_jax.costs import arithmetic
 from popo_jax.sampling import sampler as sampling
 from popo_jax.sampling.sampler import Decoding, Sampler
 
@@ -55,15 +55,15 @@ def phases(size: Size, b: Built, params: Any) -> Iterator[Line]:
         size.name,
         got.seconds["prefill"],
         program=prefill,
-        flops=flops.forward(shape, rows=P, tokens=n, logits=1),
+        flops=arithmetic.forward(shape, rows=P, tokens=n, logits=1),
         tokens=P * n,
         peak=got.peak,
         others=got.others,
         prompts=P,
         prompt=n,
     )
-    todo = flops.decoded(n, np.full(P * c.samples, R))
-    work, read = flops.decode(shape, **todo), flops.decode_bytes(shape, steps=R - 1, seen=todo["seen"])
+    todo = arithmetic.decoded(n, np.full(P * c.samples, R))
+    work, read = arithmetic.decode(shape, **todo), arithmetic.decode_bytes(shape, steps=R - 1, seen=todo["seen"])
     assert got.peak is not None
     bound = max(work / got.peak.flops_per_s, read / got.peak.bytes_per_s)
     yield line(
@@ -102,7 +102,7 @@ def calls(size: Size, b: Built, params: Any) -> Iterator[Line]:
             f"sampler/{name}",
             size.name,
             got.seconds[name],
-            flops=flops.sampled(b.model.c, prompts=len(asked), prompt=c.max_prompt, lengths=n),
+            flops=arithmetic.sampled(b.model.c, prompts=len(asked), prompt=c.max_prompt, lengths=n),
             tokens=int(n.sum()),
             peak=got.peak,
             others=got.others,

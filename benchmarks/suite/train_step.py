@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from benchmarks.suite import flops
 from benchmarks.suite.measure import Timed, beside_peak, compiled
 from benchmarks.suite.report import Line, line
 from benchmarks.suite.sizes import Size, built
 from popo_jax.build import Built
+from popo_jax.costs import arithmetic
 from popo_jax.data.arrange import arrange
 from popo_jax.rl.state import Batch, batch_specs
 from popo_jax.runtime.mesh import place
@@ -37,7 +37,7 @@ def run(size: Size) -> Iterator[Line]:
     if metrics["update/nonfinite"] or metrics["update/skipped"]:
         raise RuntimeError("the train step that was timed did not update the parameters")
     shapes = {"rows": c.rows, "tokens": c.row_tokens}
-    work = flops.train(shape, **shapes, mini_batches=c.batch.mini_batches), flops.forward(shape, **shapes)
+    work = arithmetic.train(shape, **shapes, mini_batches=c.batch.mini_batches), arithmetic.forward(shape, **shapes)
     parameters = sum(x.size for x in jax.tree.leaves(b.abstract_state.params))
     both = zip(("step", "forward"), (step, score), work, strict=True)
     for name, program, model_flops in both:

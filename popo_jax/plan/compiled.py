@@ -16,7 +16,7 @@ from popo_jax.config import Config
 from popo_jax.costs.chips import Chip
 from popo_jax.costs.count import Count, count
 from popo_jax.costs.hlo import parse
-from popo_jax.costs.model import kernel_flops
+from popo_jax.costs.kernels import kernel_flops
 from popo_jax.model_config import MODEL_HOW, ModelConfig
 from popo_jax.plan.figures import Memory, Program
 from popo_jax.rl.state import abstract_batch

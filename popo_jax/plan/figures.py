@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from popo_jax.config import Config
+from popo_jax.costs import arithmetic
 from popo_jax.costs.chips import Chip
 from popo_jax.costs.count import Collective, Count
-from popo_jax.costs.model import ModelFlops, model_flops
 from popo_jax.model_config import ModelConfig
 
 
@@ -88,15 +88,26 @@ class Plan:
         return fit(self.programs.values(), self.chip)
 
     @property
-    def flops(self) -> ModelFlops:
-        """By arithmetic, all chips together, every row as long as can be."""
-        return model_flops(self.model, self.c.rows, self.c.row_tokens)
+    def tokens(self) -> int:
+        """Of a batch whose rows are all as long as can be."""
+        return self.c.rows * self.c.row_tokens
 
     @property
-    def passes(self) -> float:
-        """Forward passes that a step takes: 3 for the gradient, 4 with everything computed again, 1 for the log-probs at the
-        start where several mini-batches follow."""
-        return 3.0 + (self.c.model.remat == "full") + (self.c.batch.mini_batches > 1)
+    def parameters(self) -> int:
+        """N: weights that every token is multiplied with, the head among them, the embedding table not."""
+        return arithmetic.weights(self.model) + arithmetic.head(self.model)
+
+    @property
+    def model_flops(self) -> int:
+        """Of a step, all chips together: 6ND and attention, and another 2ND for the log-probs at the start where several
+        mini-batches follow."""
+        return arithmetic.train(self.model, rows=self.c.rows, tokens=self.c.row_tokens, mini_batches=self.c.batch.mini_batches)
+
+    @property
+    def model_flops_with_remat(self) -> int:
+        """8ND: with all activations computed again in the backward pass, if the config has it so."""
+        again = arithmetic.forward(self.model, rows=self.c.rows, tokens=self.c.row_tokens)
+        return self.model_flops + (again if self.c.model.remat == "full" else 0)
 
 
 def fit(programs: Iterable[Program], chip: Chip) -> bool:

@@ -28,7 +28,7 @@ def as_json(p: Plan) -> dict[str, Any]:
         "batch.micro_batch": c.batch.micro_batch,
         "sample.max_rows": c.sample.max_rows or c.rows,
         "attention": p.model.attention,
-        "parameters_multiplied": p.flops.matmul_parameters,
+        "parameters_multiplied": p.parameters,
         "fits": p.fits,
         "largest": p.largest,
         "advice": p.advice,
@@ -43,11 +43,10 @@ def _train(p: Plan) -> dict[str, Any] | None:
     counted = p.programs["train"].counted
     if counted is None:
         return None
-    roof, m = roofline(counted, p.chip), p.flops
-    model = m.passes(3.0 + (p.c.batch.mini_batches > 1)) / p.chips
+    roof, model = roofline(counted, p.chip), p.model_flops / p.chips
     return {
         "model_flops": model,
-        "model_flops_with_remat": m.passes(p.passes) / p.chips,
+        "model_flops_with_remat": p.model_flops_with_remat / p.chips,
         "hardware_flops": counted.flops,
         "matmul_flops": counted.matmul,
         "kernel_flops": counted.kernels,
@@ -55,7 +54,7 @@ def _train(p: Plan) -> dict[str, Any] | None:
         "collectives": _collectives(counted),
         "host_transfers": counted.host,
         "roofline": asdict(roof) | {"seconds": roof.seconds, "limit": roof.limit},
-        "tokens_per_second": m.tokens / roof.seconds,
+        "tokens_per_second": p.tokens / roof.seconds,
         "model_flop_utilisation_at_most": model / p.chip.flops / roof.seconds,
     }
 
@@ -86,7 +85,7 @@ def show(p: Plan, console: Console) -> None:
     d = as_json(p)
     mesh = " x ".join(f"{k} {v}" for k, v in d["mesh"].items())
     console.print(
-        f"{p.topology}: {p.chips} chips, {mesh}; {p.flops.matmul_parameters / 1e9:.2f} G parameters multiplied, "
+        f"{p.topology}: {p.chips} chips, {mesh}; {p.parameters / 1e9:.2f} G parameters multiplied, "
         f"{p.c.rows} rows of {p.c.row_tokens} tokens, {p.c.batch.micro_batch} at once trained, {d['sample.max_rows']} sampled, "
         f"attention {p.model.attention}"
     )

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.suite import flops, loop, measure, registry, replay, report, sampler, startup
+from benchmarks.suite import loop, measure, registry, replay, report, sampler, startup
 from benchmarks.suite.forced import Forced, equal, uniform
 from benchmarks.suite.load import Load
 from benchmarks.suite.measure import Timed, rounds
 from benchmarks.suite.sizes import ROOT, SIZES, Head, Size, built, defaults, prompts
 from popo_jax import cli
+from popo_jax.costs import arithmetic
 from popo_jax.model_config import ModelConfig
 from popo_jax.models.decoder import Decoder
 from popo_jax.replay.fill import fill
@@ -63,7 +64,7 @@ def test_forward_and_training_flops_are_those_xla_counts(tie, kv_heads):
     def f(params, tokens):
         return model.logits(params, tokens).sum()
 
-    formula = flops.forward(c, rows=4, tokens=64, rectangle=True)
+    formula = arithmetic.forward(c, rows=4, tokens=64, rectangle=True)
     assert 1 - TOLERANCE < formula / counted(f, params, tokens) < 1
     assert 1 - TOLERANCE < 3 * formula / counted(jax.value_and_grad(f), params, tokens) < 1
 
@@ -73,36 +74,36 @@ def test_decode_and_prefill_flops_are_those_xla_counts(wide):
     weights = jax.eval_shape(model.for_decode, params)
     tokens, start = jax.ShapeDtypeStruct((4, 64), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
     prefill = counted(lambda *a: model.prefill(*a, 96), weights, tokens, start)
-    assert 1 - TOLERANCE < flops.forward(WIDE, rows=4, tokens=64, logits=1, rectangle=True) / prefill < 1
+    assert 1 - TOLERANCE < arithmetic.forward(WIDE, rows=4, tokens=64, logits=1, rectangle=True) / prefill < 1
     cache = jax.eval_shape(lambda *a: model.prefill(*a, 96), weights, tokens, start)[1]
     slot = jax.ShapeDtypeStruct((), jnp.int32)
     decode = counted(model.decode, weights, cache, start, slot, start)
-    assert 1 - TOLERANCE < flops.decode(WIDE, tokens=4, seen=4 * 96) / decode < 1
+    assert 1 - TOLERANCE < arithmetic.decode(WIDE, tokens=4, seen=4 * 96) / decode < 1
 
 
 def test_causal_attention_counts_what_a_query_may_see():
     shape = {"rows": 2, "tokens": 5}
-    causal, whole = (flops.forward(WIDE, **shape, rectangle=r) for r in (False, True))
+    causal, whole = (arithmetic.forward(WIDE, **shape, rectangle=r) for r in (False, True))
     unseen = sum(s > t for t in range(5) for s in range(5))
     assert whole - causal == 2 * unseen * 4 * WIDE.layers * WIDE.heads * WIDE.head_dim
-    assert flops.train(WIDE, **shape) == 3 * causal and flops.train(WIDE, **shape, mini_batches=2) == 4 * causal
+    assert arithmetic.train(WIDE, **shape) == 3 * causal and arithmetic.train(WIDE, **shape, mini_batches=2) == 4 * causal
 
 
 def test_a_whole_call_decodes_all_but_the_first_token_of_each_response():
     lengths = np.array([1, 4, 9])
     steps = [(i, 7 + j) for i, n in enumerate(lengths) for j in range(1, n)]  # token j sees the prompt, j tokens with itself
-    assert flops.decoded(7, lengths) == {"tokens": len(steps), "seen": sum(s for _, s in steps)}
-    whole = flops.forward(WIDE, rows=1, tokens=7, logits=1) + flops.decode(WIDE, **flops.decoded(7, lengths))
-    assert flops.sampled(WIDE, prompts=1, prompt=7, lengths=lengths) == whole
+    assert arithmetic.decoded(7, lengths) == {"tokens": len(steps), "seen": sum(s for _, s in steps)}
+    whole = arithmetic.forward(WIDE, rows=1, tokens=7, logits=1) + arithmetic.decode(WIDE, **arithmetic.decoded(7, lengths))
+    assert arithmetic.sampled(WIDE, prompts=1, prompt=7, lengths=lengths) == whole
 
 
 def test_decoding_reads_the_weights_once_a_step_and_the_slots_it_sees(wide):
     weights = jax.eval_shape(wide[0].for_decode, wide[1])
     matrices = sum(x.size for x in jax.tree.leaves(weights) if x.ndim > 1)
     slot = 2 * WIDE.layers * WIDE.kv_heads * WIDE.head_dim
-    assert flops.decode_bytes(WIDE, steps=3, seen=10) == 4 * (3 * matrices + 10 * slot)
+    assert arithmetic.decode_bytes(WIDE, steps=3, seen=10) == 4 * (3 * matrices + 10 * slot)
     half = dataclasses.replace(WIDE, dtype="bfloat16")
-    assert 2 * flops.decode_bytes(half, steps=3, seen=10) == flops.decode_bytes(WIDE, steps=3, seen=10)
+    assert 2 * arithmetic.decode_bytes(half, steps=3, seen=10) == arithmetic.decode_bytes(WIDE, steps=3, seen=10)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import pytest
 
 from popo_jax.costs.count import count, group_size
 from popo_jax.costs.hlo import Array, parse
-from popo_jax.costs.model import kernel_flops, model_flops
-from popo_jax.model_config import ModelConfig
+from popo_jax.costs.kernels import kernel_flops
 
 LOOP = """HloModule m
 
@@ -169,15 +168,6 @@ def test_attention_kernels_are_counted_from_their_shapes(name, products, blocks,
 def test_a_kernel_that_is_not_known_is_named():
     c = counted(entry("%q = f32[2,2] parameter(0)", "ROOT " + SPLASH.format(name="other")))
     assert c.kernels == 0 and c.unknown == ["other.1"]
-
-
-def test_the_arithmetic_of_a_policy():
-    """Width 4, 2 heads of 2 on 1, MLP 8, vocabulary 16: q and o 4 x 4, k and v 4 x 2, MLP 3 x 4 x 8, head 4 x 16."""
-    c = ModelConfig(vocab_size=16, layers=1, width=4, heads=2, kv_heads=1, head_dim=2, mlp=8)
-    m = model_flops(c, rows=3, T=10)
-    assert m.matmul_parameters == 16 + 16 + 8 + 8 + 96 + 64 and m.tokens == 30
-    assert m.attention == 3 * 2 * 2 * (2 * 10 * 10 * 2) / 2  # rows x products x heads x 2 T T head_dim, half of it
-    assert m.passes(3) == 3 * (2 * 208 * 30 + m.attention)
 
 
 def test_the_text_is_taken_apart():

@@ -120,7 +120,9 @@ def test_what_is_printed_and_what_json_holds(capsys):
     d = json.loads(json.dumps(report.as_json(p)))
     assert d["memory"]["train"]["total"] == 15 and d["train"]["hardware_flops"] == 1e12 and d["mesh"]["fsdp"] == 4
     assert d["decode"]["tokens_per_second"] == pytest.approx(32 / (1e9 / 819e9))
-    assert d["train"]["model_flops"] == pytest.approx(3 * (2 * p.flops.matmul_parameters * 32 * 256 + p.flops.attention) / 4)
+    n = 2 * (32 * 16 * 2 * (4 + 2) + 3 * 32 * 64) + 32 * 64  # two layers and the head, by hand
+    attention = 4 * (256 * 257 // 2) * 2 * 4 * 16
+    assert p.parameters == n and d["train"]["model_flops"] == 3 * 32 * (2 * 256 * n + attention) / 4
     report.show(p, Console(width=160))
     assert "It fits." in capsys.readouterr().out
 
@@ -151,7 +153,7 @@ from popo_jax.config import from_dict
 from popo_jax.costs.count import count
 from popo_jax.costs.chips import chip
 from popo_jax.costs.hlo import parse
-from popo_jax.costs.model import kernel_flops
+from popo_jax.costs.kernels import kernel_flops
 from popo_jax.plan import compiled, search
 from popo_jax.rl.state import abstract_batch
 from popo_jax.rules import resolve
