@@ -45,7 +45,8 @@ class Programs:
 
     def train(self, c: Config) -> Program:
         built = self.built(c)
-        key = f"{built.split} {built.model.c}"
+        unread = replace(built.split, sample=replace(c.sample, max_rows=None))  # of what the step does not depend on
+        key = f"{unread} {built.model.c}"
         if key not in self._trained:
             self._say(f"  compiling the train step, {built.split.batch.micro_batch} rows at once")
             reference = build.shard_bytes(built.abstract_state.params) if c.loss.kl_coef else 0.0
