@@ -245,7 +245,7 @@ def group_size(attributes: str) -> int:
     """Devices of one group in any of HLO's three spellings; 2 for a permutation, 1 where it is not told."""
     if "source_target_pairs" in attributes:
         return 2
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
