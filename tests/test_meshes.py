@@ -25,7 +25,7 @@ def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("meshes")
     data = tiny.BASE | {"steps": STEPS, "checkpoint": {"every": 5, "keep_last": 1}, "optim": {"learning_rate": RATE}}
     data |= {"model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 4, "head_dim": 8, "mlp": 64}}
-    data |= {"batch": {"prompts": 8, "group_size": 4, "mini_batches": 2, "micro_batch": 8, "length_buckets": 2}}
+    data |= {"batch": {"prompts": 64, "group_size": 4, "mini_batches": 2, "micro_batch": 32, "length_buckets": 2}}
     data["policy"] = {"path": str(folder / "policy")}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
     assert cli.main(["sft", str(folder / "tiny.yaml"), "--out", str(folder / "policy"), *UNSPLIT]) == 0
@@ -61,13 +61,13 @@ def test_a_mesh_trains_as_one_device_does(config, mesh):
     worst = max(float(np.abs(a - b).max()) for a, b in zip(weights(one), weights(split), strict=True))
     moved = max(float(np.abs(a - b).max()) for a, b in zip(weights(one), weights_before(config), strict=True))
     print(f"{mesh}: {100 * differ:.2f} % of the sampled rows differ; weights differ by {worst:.1e}, and moved by {moved:.1e}")
-    assert differ == 0.0  # with a tensor axis, too: the scores' gaps here are larger than what the sums differ by
+    assert len(texts(one)) == 1280 and differ == 0.0  # with a tensor axis, too: no two scores were as near as the sums differ
     assert sum(r.get("replay/filled") or 0 for r in rows(one)) > 3 and moved > RATE
     for x, y in zip(rows(one), rows(split), strict=True):
         for key in ("loss", "grad_norm", "entropy", "kl/proximal", "weight/mean", "replay/filled"):
             if x.get(key) is not None:
                 assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-6), (x["step"], key)
-    assert worst <= 1e-2 * STEPS * RATE
+    assert worst <= 1e-3 * 2 * STEPS * RATE
 
 
 def weights_before(config: Path) -> list[np.ndarray]:
