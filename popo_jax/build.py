@@ -118,7 +118,7 @@ def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mes
         return reference + device_bytes(train_step(split).lower(abstract, abstract_batch(split)).compile())
 
     if fit and c.batch.micro_batch == "auto":
-        stats = device.memory_stats() or {}
+        stats = jax.local_devices()[0].memory_stats() or {}
         split = fitted(device.platform, c, shards, needs, memory(c, stats.get("bytes_limit")))
     else:
         split = split_for(device.platform, c, shards)

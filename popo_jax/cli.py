@@ -224,7 +224,8 @@ def _split(args: list[str]) -> tuple[str | None, argparse.Namespace, list[str]]:
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process", type=int)
     path = args[0] if args and not args[0].startswith("-") else None
-    known, rest = parser.parse_known_args(args[1:] if path else args)
+    with _one_sentence(args):
+        known, rest = parser.parse_known_args(args[1:] if path else args)
     return path, known, rest
 
 

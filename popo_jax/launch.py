@@ -74,15 +74,16 @@ def _new(c: Config, grade: GradeFn, console: Console, peers: Peers) -> dict[str,
     c = replace(c, chat=peers.first("date", lambda: dated(c.chat, policy.tokenizer)))  # of the run's start, in all of it
     sources = problems.load(c, policy.tokenizer)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh, fit=True)
+    peers.same("split", {"batch.micro_batch that auto chose": str(built.split.batch.micro_batch)})
     if c.batch.micro_batch == "auto":  # written down: another machine's choice would round a resumed run otherwise
         c = replace(c, batch=replace(c.batch, micro_batch=built.split.batch.micro_batch, memory_gb=None))
     params = built.load(folder, key_for(c.seed, Purpose.INIT, 0))
     reference = _reference(c, built, folder, policy)
     prints = _fingerprints(policy, sources, grade)
-    peers.same("start", prints | versions())
+    peers.same("start", prints | versions() | {f"starting policy, {folder},": policies.digest(folder)})
     run = RunDir.at(peers.first("run", lambda: _made(c, prints, policy)))
     if not all(peers.tell("sees", (run.path / "config.yaml").exists())):
-        raise UserError(f"all processes must see the run directory {run.path}: on a shared file system, or gs://; one does not")
+        raise UserError(f"all processes must see the run directory {run.path}: on a shared file system; one does not")
     console.say(f"Run directory: {run.path}")
     start = Start(built.state(params), Buffer(c.replay), _selection(c), Progress())
     return _go(c, run, built, policy, sources, prints, grade, start, reference, console, peers)
@@ -99,6 +100,7 @@ def _resume(c: Config, run: RunDir, step: int | None, grade: GradeFn, console: C
     mesh, policy = make_mesh(c), policies.describe(run.path / "policy", c)
     peers.same("config", {"config": digest(c)})
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh, fit=True)
+    peers.same("split", {"batch.micro_batch that auto chose": str(built.split.batch.micro_batch)})
     with _checkpoints(c, run) as checkpoints:
         if not checkpoints.steps():
             raise UserError(f"{run.path} holds no checkpoint yet; start it anew with: popo train {run.path / 'config.yaml'}")

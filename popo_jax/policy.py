@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from popo_jax.model_config import MODEL_HOW, ModelConfig
 from popo_jax.models import hf, hf_config, lora
 from popo_jax.types import UserError
 
+ENDS = 2**20
+"""Bytes of a file's beginning and end that its digest reads."""
 COPIED = (".json", ".jinja", ".txt", ".model")
 """Endings of a checkpoint's files besides weights."""
 
@@ -79,6 +82,17 @@ def save(folder: epath.PathLike, policy: Policy, params: dict[str, Any] | None) 
     if params is not None:
         c = policy.model
         hf.save_weights(folder, lora.merge(params, c), lora.without(c))
+
+
+def digest(folder: epath.PathLike) -> str:
+    """16 hex digits that tell checkpoints apart: of config.json, and of both ends of every file of weights."""
+    hashed = hashlib.sha256()
+    for file in sorted(p for p in epath.Path(folder).iterdir() if p.name == "config.json" or p.suffix == ".safetensors"):
+        with file.open("rb") as f:
+            hashed.update(f"{file.name} {file.stat().length}".encode() + f.read(ENDS))
+            f.seek(max(file.stat().length - ENDS, 0))
+            hashed.update(f.read(ENDS))
+    return hashed.hexdigest()[:16]
 
 
 def _copy(source: epath.Path, folder: epath.Path, c: ModelConfig) -> None:

@@ -40,7 +40,7 @@ from popo_jax.types import UserError
 
 REPORTS = 5
 """How often a warm start says where it is."""
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same settings should give another warm start."""
 
 

@@ -135,7 +135,8 @@ class _Counter:
             out.elementwise += operands[0].size if operands else 0
         elif kind in COLLECTIVES:
             kind = "reduce-scatter" if within.name.startswith("all-reduce-scatter") else kind  # how TPUs write one
-            whole = max(i.bytes if kind != "all-gather" or i.op == kind else i.results[-1].bytes, sum(a.bytes for a in operands))
+            given = sum(a.bytes for a in operands)
+            whole = max(given, i.bytes - (given if i.op.endswith("-start") else 0))  # which names what it was given as well
             out.collectives.append(Collective(kind, whole, group_size(i.attributes), 1.0, i.source))
         elif kind in HOST or (i.op == "custom-call" and "callback" in i.attributes):
             out.host.append(i.name)
@@ -242,7 +243,7 @@ def _pairs(n: int, size: int, window_size: int, out: int, window: dict[str, str]
 
 
 def group_size(attributes: str) -> int:
-    """Devices of one group in any of HLO's three spellings; 2 for a permutation, 1 where it is not told."""
+    """Devices of one group in any of HLO's three spellings; 2 for a permutation, 0 for all of them."""
     if "source_target_pairs" in attributes:
         return 2
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
@@ -252,4 +253,4 @@ def group_size(attributes: str) -> int:
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(found[1].split(","))
-    return 1
+    return 0

@@ -18,7 +18,7 @@ from popo_jax.costs.count import Count, count
 from popo_jax.costs.hlo import parse
 from popo_jax.costs.kernels import kernel_flops
 from popo_jax.model_config import MODEL_HOW, ModelConfig
-from popo_jax.plan.figures import Memory, Program
+from popo_jax.plan.figures import Memory, Program, wave
 from popo_jax.rl.state import abstract_batch
 from popo_jax.runtime.mesh import mesh_of
 
@@ -59,10 +59,10 @@ class Programs:
         return self._trained[key]
 
     def sample(self, c: Config) -> dict[str, Program]:
-        """cast, prefill and decode of a full wave of prompts, beside the train state."""
+        """cast, prefill, decode and take (what drops finished rows) of a full wave of prompts, beside the train state."""
         built = self.built(c)
         sampler = built.rollout_sampler()
-        prompts = min(c.batch.prompts, max((c.sample.max_rows or c.rows) // c.batch.group_size, 1))
+        prompts = wave(c)
         key = f"{sampler.c} {prompts} {built.mesh.shape} {built.model.c}"
         if key not in self._sampled:
             self._say(f"  compiling the sampler, {prompts * c.batch.group_size} rows at once")
@@ -72,13 +72,15 @@ class Programs:
     def _sampler(self, built: Built, sampler: Any, prompts: int) -> dict[str, Program]:
         found: dict[str, Program] = {}
         state, params = build.shard_bytes(built.abstract_state), build.shard_bytes(built.abstract_state.params)
-        resident = {"cast": state - params, "prefill": state, "decode": state}  # the cast reads the parameters
+        state += params if built.c.loss.kl_coef else 0  # the reference stays
+        resident = {"cast": state - params, "prefill": state, "decode": state, "take": state}  # the cast reads the parameters
         cache = 0.0
         try:
             for name, done, results in sampler.programs(built.abstract_state.params, prompts):
                 counted = _counted(done, loops=1.0) if name == "decode" else None
                 found[name] = Program(_memory(done, cache=cache, resident=resident[name]), counted)
-                cache = build.shard_bytes(results[0].cache) if name == "prefill" else 0.0
+                cache = build.shard_bytes(results[0].cache) if name == "prefill" else cache
+                resident["take"] += build.shard_bytes(results) if name == "cast" else 0  # it does not read the weights
         except jax.errors.JaxRuntimeError as e:
             name = next(name for name in resident if name not in found)
             found[name] = Program(_too_much(e, resident=resident[name]))

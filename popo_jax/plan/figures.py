@@ -53,8 +53,9 @@ def roofline(c: Count, chip: Chip) -> Roofline:
 
 def sent(c: Collective) -> float:
     """Bytes that leave a device, in a ring: a reduction of everything is scattered, then gathered."""
-    rounds = {"all-reduce": 2.0 * (c.group - 1) / c.group, "collective-permute": 1.0}
-    return c.bytes * c.times * rounds.get(c.kind, (c.group - 1) / c.group)
+    part = (c.group - 1) / c.group if c.group else 1.0  # 0: all devices, however many
+    rounds = {"all-reduce": 2.0 * part, "collective-permute": 1.0}
+    return c.bytes * c.times * rounds.get(c.kind, part)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Plan:
     """With its mesh and micro-batch decided."""
     model: ModelConfig
     programs: dict[str, Program]
-    """train, cast, prefill, decode; those after one that does not compile are missing."""
+    """train, cast, prefill, decode, take; those after one that does not compile are missing."""
     largest: dict[str, int] = field(default_factory=dict)
     """Setting -> the largest value with which its program fits, all else as it is."""
     advice: list[str] = field(default_factory=list)
@@ -100,7 +101,7 @@ class Plan:
     @property
     def model_flops(self) -> int:
         """Of a step, all chips together: 6ND and attention, and another 2ND for the log-probs at the start where several
-        mini-batches follow."""
+        mini-batches follow. With LoRA, whose frozen weights need no gradient of their own, it is more than is computed."""
         return arithmetic.train(self.model, rows=self.c.rows, tokens=self.c.row_tokens, mini_batches=self.c.batch.mini_batches)
 
     @property
@@ -108,6 +109,12 @@ class Plan:
         """8ND: with all activations computed again in the backward pass, if the config has it so."""
         again = arithmetic.forward(self.model, rows=self.c.rows, tokens=self.c.row_tokens)
         return self.model_flops + (again if self.c.model.remat == "full" else 0)
+
+
+def wave(c: Config) -> int:
+    """Prompts that are sampled at once."""
+    rows = c.sample.max_rows or c.batch.prompts * c.batch.group_size
+    return min(c.batch.prompts, max(rows // c.batch.group_size, 1))
 
 
 def fit(programs: Iterable[Program], chip: Chip) -> bool:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from popo_jax.costs.count import Count
-from popo_jax.plan.figures import Plan, roofline, sent
+from popo_jax.plan.figures import Plan, roofline, sent, wave
 
 GIB = 2.0**30
 
@@ -26,7 +26,7 @@ def as_json(p: Plan) -> dict[str, Any]:
         "rows": c.rows,
         "row_tokens": c.row_tokens,
         "batch.micro_batch": c.batch.micro_batch,
-        "sample.max_rows": c.sample.max_rows or c.rows,
+        "sample.max_rows": wave(c) * c.batch.group_size,
         "attention": p.model.attention,
         "parameters_multiplied": p.parameters,
         "fits": p.fits,
@@ -63,7 +63,7 @@ def _decode(p: Plan) -> dict[str, Any] | None:
     program = p.programs.get("decode")
     if program is None or program.counted is None:
         return None
-    roof, rows = roofline(program.counted, p.chip), p.c.sample.max_rows or p.c.rows
+    roof, rows = roofline(program.counted, p.chip), wave(p.c) * p.c.batch.group_size
     return {
         "flops": program.counted.flops,
         "bytes": program.counted.bytes,
@@ -135,6 +135,11 @@ def _collective_table(d: dict[str, Any]) -> Table:
     for name in ("train", "decode"):
         for x in d[name]["collectives"] if d[name] else ():
             table.add_row(
-                name, x["kind"], str(x["group"]), f"{x['times']:.0f}", f"{x['bytes'] / 1e9:.2f}", f"{x['sent'] / 1e9:.2f}"
+                name,
+                x["kind"],
+                str(x["group"] or "all"),
+                f"{x['times']:.0f}",
+                f"{x['bytes'] / 1e9:.2f}",
+                f"{x['sent'] / 1e9:.2f}",
             )
     return table

@@ -6,9 +6,11 @@ order everywhere, and a run starts programs from two threads.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from popo_jax.runtime.signals import stop_wish
 from popo_jax.runtime.supervise import LOST
 from popo_jax.types import UserError
 
@@ -23,6 +26,10 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 25
 """A process not heard of for so long is lost, and the others end."""
+PARTING_SECONDS = 10
+"""A process that leaves on an error waits so long for others that leave on the same."""
+BAD_INPUT = 2
+"""Exit status, as the command line's."""
 PATIENCE_SECONDS = 3600
 """A living process may keep the others waiting for so long."""
 
@@ -86,6 +93,12 @@ class Peers:
                     f"{told[other].get(name)} on process {other}"
                 )
 
+    def part(self) -> None:
+        """Before leaving on an error that all may have: process 0, with whom jax's service goes, leaves last."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._client.wait_at_barrier("popo/leaving", PARTING_SECONDS * 1000)
+        time.sleep(1.0 if self.index == 0 else 0.0)
+
     def _all(self, channel: str, work: Callable[[], T]) -> list[T]:
         try:
             mine: tuple[T | None, str | None] = (work(), None)
@@ -99,28 +112,41 @@ class Peers:
 
 
 def leaving_together(place: Place, work: Callable[[Peers], object]) -> int:
-    """`work` as one of several processes. A failure ends this process at once, without jax's wait for the others. Returns 0."""
-    peers = connect(place)
-    try:
-        work(peers)
-    except BaseException as e:
-        if peers.count == 1:
-            raise
-        lost = isinstance(e, (LostPeer, jax.errors.JaxRuntimeError))
-        if not isinstance(e, (UserError, jax.errors.JaxRuntimeError)):
-            traceback.print_exception(e)
-        if lost:
-            print(
-                f"error: process {peers.index} of {peers.count} cannot go on without the others ({_first_line(e)}); checkpoints "
-                f"committed before are whole: start all processes again with popo train --resume RUN",
-                file=sys.stderr,
-            )
-        elif isinstance(e, UserError):
-            print(f"error: {e}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(LOST if lost else 2 if isinstance(e, UserError) else 1)
+    """`work` as one of several processes, SIGTERM taken as a wish from now on. Returns 0.
+
+    A failure ends this process without jax's wait for the others; what they say of it themselves, they may say first.
+    """
+    with stop_wish():
+        peers = connect(place)
+        try:
+            work(peers)
+        except BaseException as e:
+            if peers.count == 1:
+                raise
+            code, sentence = _told(e, peers)
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            if code == BAD_INPUT:
+                peers.part()
+            os._exit(code)
     return 0
+
+
+def _told(e: BaseException, peers: Peers) -> tuple[int, str]:
+    """(exit status, sentence); a traceback besides where it is a bug."""
+    if isinstance(e, (LostPeer, jax.errors.JaxRuntimeError)):
+        return LOST, (
+            f"process {peers.index} of {peers.count} cannot go on without the others ({_first_line(e)}); checkpoints "
+            f"committed before are whole: start all processes again with popo train --resume RUN"
+        )
+    if isinstance(e, UserError):
+        return BAD_INPUT, str(e)
+    if isinstance(e, OSError) and e.errno is not None and e.filename is not None:
+        return BAD_INPUT, f"{e.filename}: {os.strerror(e.errno).lower()}; what was saved before is whole"
+    if isinstance(e, KeyboardInterrupt):
+        return 130, "interrupted; what was saved before is whole"
+    traceback.print_exception(e)
+    return 1, f"process {peers.index} of {peers.count} failed: {_first_line(e)}"
 
 
 def connect(place: Place) -> Peers:
@@ -128,9 +154,8 @@ def connect(place: Place) -> Peers:
 
     Errors: UserError for a place that is told in part, or processes that do not come.
     """
-    told = [place.coordinator is not None, place.processes is not None, place.process is not None]
-    if any(told) and not all(told):
-        raise UserError(f"--coordinator, --processes and --process go together, got {place}")
+    _check(place)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `stop_wish`
     try:
         jax.distributed.initialize(
             place.coordinator,
@@ -140,10 +165,25 @@ def connect(place: Place) -> Peers:
             shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as e:
+        if place == Place() and "should be defined" in str(e):  # nothing told, no cluster found: a machine by itself
+            return Peers()
         raise UserError(f"the processes of the run must find each other, got {_first_line(e)} ({place})") from e
     from jax._src.distributed import global_state  # jax offers no other way to its key-value store
 
     return Peers(jax.process_index(), jax.process_count(), global_state.client)
+
+
+def _check(place: Place) -> None:
+    told = (place.coordinator, place.processes, place.process)
+    if told == (None, None, None):
+        return
+    if place.coordinator is None or place.processes is None or place.process is None:
+        raise UserError(f"--coordinator, --processes and --process go together, got {told}")
+    host, _, port = place.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator must be HOST:PORT of process 0, got {place.coordinator}")
+    if not 0 <= place.process < place.processes:
+        raise UserError(f"--process must be from 0 to {place.processes - 1} (--processes {place.processes}), got {place.process}")
 
 
 def _first_line(e: BaseException) -> str:

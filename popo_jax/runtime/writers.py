@@ -18,6 +18,8 @@ from popo_jax.types import UserError
 
 def new_run_dir(path: epath.PathLike, *, make: bool = True) -> epath.Path:
     """Make it, or only look whether it could be. Errors: UserError if something is there already."""
+    if "://" in str(path):
+        raise UserError(f"run directory {path} must be on a file system (of a bucket: gcsfuse), got an address")
     path = epath.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(

@@ -96,7 +96,7 @@ class Sampler:
 
     def programs(self, params: Any, prompts: int) -> Iterator[tuple[str, Any, Any]]:
         """(name, compiled program, ShapeDtypeStructs of its results) for a full wave of `prompts` prompts at the longest, one
-        after another: cast, prefill, decode. `params` are ShapeDtypeStructs with shardings. What a call runs, nothing else."""
+        after another: cast, prefill, decode, take: what a call runs. `params` are ShapeDtypeStructs with shardings."""
         shards, static = row_shards(self.mesh.shape), {"model": self.model, "mesh": self.mesh}
         parts, units = split_groups(prompts, self.c.samples, shards)
         c = replace(self.c, samples=self.c.samples // parts)
@@ -110,8 +110,11 @@ class Sampler:
         yield (cast := compiled("cast", _for_decode, params))
         tokens, start, row = (jax.ShapeDtypeStruct(s, i32) for s in ((units, c.max_prompt), (units,), (units * c.samples,)))
         yield (prefill := compiled("prefill", _prefill, cast[2], tokens, start, row, key, c=c))
-        at = jax.ShapeDtypeStruct((), i32)
-        yield compiled("decode", _decode, cast[2], prefill[2][0], at, at, key, c=c)
+        at, rows = jax.ShapeDtypeStruct((), i32), prefill[2][0]
+        yield compiled("decode", _decode, cast[2], rows, at, at, key, c=c)
+        first = smaller_bucket(units * c.samples // shards, 1 + units * c.samples // shards // 2)  # three quarters, if it can be
+        kept = jax.ShapeDtypeStruct((first * shards,), i32)
+        yield "take", (done := _take.lower(rows, kept, mesh=self.mesh).compile()), done.out_info
 
     def _wave(
         self, weights: Any, prompts: Sequence[np.ndarray], key: jax.Array, at: int, first: int, size: int, out: Responses

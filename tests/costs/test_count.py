@@ -91,7 +91,7 @@ GROUPS = [
     ("replica_groups=mesh['axis_0'=2,'axis_1'=3,'axis_2'=4] {'axis_0','axis_2'}, dimensions={0}", 8),
     ("replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_1'}, dimensions={0}", 8),
     ("source_target_pairs={{0,1},{1,2}}", 2),
-    ("channel_id=1", 1),
+    ("replica_groups={}, to_apply=%add", 0),
 ]
 
 

@@ -196,6 +196,6 @@ def test_a_plan_from_the_command_line(tmp_path):
     d = json.loads(out)
     assert d["fits"] and d["chips"] == 4 and d["train"]["host_transfers"] == []
     assert d["train"]["hardware_flops"] == pytest.approx(d["train"]["model_flops"], rel=0.15)
-    assert set(d["memory"]) == {"train", "cast", "prefill", "decode"} and d["largest"]["sample.max_rows"] == 16
+    assert set(d["memory"]) == {"train", "cast", "prefill", "decode", "take"} and d["largest"]["sample.max_rows"] == 16
     row = 2 * 2 * 2 * 128 * 2  # layers, k and v, heads, head_dim, bytes
     assert d["memory"]["decode"]["cache"] == pytest.approx(row * (64 + 192) * 4, rel=0.01)  # 4 rows on each chip

@@ -50,11 +50,25 @@ def test_the_line_leaves_out_what_is_not_there():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_a_wish_and_the_second_acts(number):
+def test_a_signal_is_a_wish_and_a_second_ctrl_c_acts(number):
     before = signal.getsignal(number)
     with stop_wish() as wish:
         assert not wish.is_set()
         os.kill(os.getpid(), number)
         time.sleep(0.01)
-        assert wish.is_set() and signal.getsignal(number) == before
+        assert wish.is_set() and (signal.getsignal(number) == before) == (number == signal.SIGINT)
+        if number == signal.SIGTERM:  # parent and child both get it, and the parent hands its own on
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
     assert signal.getsignal(number) == before
+
+
+def test_a_wish_within_a_wish_is_the_same():
+    with stop_wish() as outer:
+        with stop_wish() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        assert inner is outer and outer.is_set()
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    with stop_wish() as later:
+        assert not later.is_set()
