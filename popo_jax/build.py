@@ -48,7 +48,7 @@ class Built:
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepOut]]
     """Donates the state."""
     score: Callable[[Params, Any], jax.Array]
-    """(params, tokens [B, T]) -> log-probs [B, T] at the sampling temperature, for any B of the batch's row shards."""
+    """(params, tokens [B, T] on the mesh) -> log-probs [B, T] at the sampling temperature, for any B of its row shards."""
 
     @property
     def shardings(self) -> Params:
@@ -160,4 +160,4 @@ def _scorer(c: Config, model: Decoder, params: Any, mesh: Mesh, spoken: NamedSha
         n = next(i for i in range(n, rows + 1) if rows % i == 0)  # candidates' rows need not be a multiple
         return update.score(params, tokens, model=model, temperature=c.sample.temperature, parts=n)
 
-    return lambda params, tokens: score(params, meshes.place(tokens, mesh, sharding.BATCH))
+    return score

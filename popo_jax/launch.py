@@ -29,10 +29,11 @@ from popo_jax.run_dir import Progress, RunDir, digest, versions
 from popo_jax.runtime.checkpoints import Checkpoints
 from popo_jax.runtime.clocks import Clock
 from popo_jax.runtime.console import Console
-from popo_jax.runtime.mesh import make_mesh
+from popo_jax.runtime.mesh import make_mesh, place
 from popo_jax.runtime.peers import Peers
 from popo_jax.runtime.signals import stop_wish
 from popo_jax.runtime.writers import Loggers
+from popo_jax.sharding import BATCH
 from popo_jax.tasks.graders import Graders
 from popo_jax.tasks.pool import Job
 from popo_jax.types import Group, Prompt, UserError, Verdict
@@ -254,4 +255,6 @@ def _reference(c: Config, built: Built, folder: epath.Path | None, policy: Polic
     if not c.loss.kl_coef or folder is None:
         return None
     params = built.load(folder, key_for(c.seed, Purpose.INIT, 0))
-    return reference_scorer(lambda tokens: built.score(params, tokens), c.row_tokens, c.batch.prompts * c.batch.group_size)
+    return reference_scorer(
+        lambda tokens: built.score(params, place(tokens, built.mesh, BATCH)), c.row_tokens, c.batch.prompts * c.batch.group_size
+    )

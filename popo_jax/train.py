@@ -30,6 +30,7 @@ from popo_jax.run_dir import Progress
 from popo_jax.runtime.clocks import Clock
 from popo_jax.runtime.mesh import fetch, place
 from popo_jax.runtime.peers import Peers
+from popo_jax.sharding import BATCH
 from popo_jax.types import FillPlan, UserError
 
 NONFINITE_LIMIT = 3
@@ -117,7 +118,8 @@ def score_candidates(parts: Parts, params: Params, step: int) -> dict[int, float
     if not groups:
         return {}
     rows = c.replay.candidates * c.batch.group_size
-    logp = fetch(parts.built.score(params, lay_out(groups, c.row_tokens, rows)))
+    tokens = place(lay_out(groups, c.row_tokens, rows), parts.built.mesh, BATCH)
+    logp = fetch(parts.built.score(params, tokens))
     return divergences(groups, logp)
 
 

@@ -59,5 +59,6 @@ def test_the_teacher_closes_thinking_that_the_prompt_opens(prefix, closing):
     known = {p.text: p for p in map(sources[0].prompt, sources[0].problems)}
     for i in range(8):
         prompt, answer = examples[i]
-        assert prompt.endswith(prefix) and answer.startswith(closing + "\\boxed")
+        assert prompt.endswith(prefix) and answer.startswith(closing)
+        assert answer.removeprefix(closing)[0].isdigit() and "</think>" not in answer.removeprefix(closing)
         assert mathematics.grade(known[prompt].begun + answer, **known[prompt].answer).reason == "right"
