@@ -295,7 +295,8 @@ def _plan(args: list[str]) -> None:
     parser.add_argument("--shape")
     parser.add_argument("--json", action="store_true")
     path = args[0] if args and not args[0].startswith("-") else None
-    known, rest = parser.parse_known_args(args[1:] if path else args)
+    with _one_sentence(args):
+        known, rest = parser.parse_known_args(args[1:] if path else args)
     if path is None or known.topology is None:
         raise UserError("popo plan: expected CONFIG --topology CHIP:SHAPE [--shape CONFIG.JSON] [--json] [--key value ...]")
     c = parse_config(path, rest, lambda text: print(text, file=sys.stderr))

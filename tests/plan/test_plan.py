@@ -139,6 +139,11 @@ def test_what_is_missing_is_told(args, capsys):
     assert "popo plan: expected CONFIG --topology" in capsys.readouterr().err
 
 
+def test_an_option_without_its_value_is_told(capsys):
+    assert cli.main(["plan", "x.yaml", "--topology"]) == 2
+    assert capsys.readouterr().err == "error: command line: popo plan: error: argument --topology: expected one argument\n"
+
+
 TINY: dict[str, Any] = {
     "tasks": [{"name": "countdown"}],
     "model": {"vocab_size": 2048, "layers": 2, "width": 512, "heads": 4, "kv_heads": 2, "head_dim": 128, "mlp": 2048}
