@@ -70,7 +70,7 @@ class Programs:
         return self._sampled[key]
 
     def _sampler(self, built: Built, sampler: Any, prompts: int) -> dict[str, Program]:
-        found: dict[str, Program] = {}
+        c, found = built.model.c, dict[str, Program]()
         state, params = build.shard_bytes(built.abstract_state), build.shard_bytes(built.abstract_state.params)
         state += params if built.c.loss.kl_coef else 0  # the reference stays
         resident = {"cast": state - params, "prefill": state, "decode": state, "take": state}  # the cast reads the parameters
@@ -78,7 +78,9 @@ class Programs:
         try:
             for name, done, results in sampler.programs(built.abstract_state.params, prompts):
                 counted = _counted(done, loops=1.0) if name == "decode" else None
-                found[name] = Program(_memory(done, cache=cache, resident=resident[name]), counted)
+                read = cache / c.layers if name == "take" else cache  # it reads one layer's
+                memory = _memory(done, cache=read, resident=resident[name])
+                found[name] = Program(replace(memory, cache=cache), counted)
                 cache = build.shard_bytes(results[0].cache) if name == "prefill" else cache
                 resident["take"] += build.shard_bytes(results) if name == "cast" else 0  # it does not read the weights
         except jax.errors.JaxRuntimeError as e:

@@ -95,8 +95,8 @@ class Sampler:
         return replace(out, ended=_ended(out, self.c.eos_ids))
 
     def programs(self, params: Any, prompts: int) -> Iterator[tuple[str, Any, Any]]:
-        """(name, compiled program, ShapeDtypeStructs of its results) for a full wave of `prompts` prompts at the longest, one
-        after another: cast, prefill, decode, take: what a call runs. `params` are ShapeDtypeStructs with shardings."""
+        """(name, compiled program, ShapeDtypeStructs of its results) of what a call runs, for a full wave of `prompts` prompts at
+        the longest: cast, prefill, decode, take (of one layer's cache). `params` are ShapeDtypeStructs with shardings."""
         shards, static = row_shards(self.mesh.shape), {"model": self.model, "mesh": self.mesh}
         parts, units = split_groups(prompts, self.c.samples, shards)
         c = replace(self.c, samples=self.c.samples // parts)
@@ -114,7 +114,7 @@ class Sampler:
         yield compiled("decode", _decode, cast[2], rows, at, at, key, c=c)
         first = smaller_bucket(units * c.samples // shards, 1 + units * c.samples // shards // 2)  # three quarters, if it can be
         kept = jax.ShapeDtypeStruct((first * shards,), i32)
-        yield "take", (done := _take.lower(rows, kept, mesh=self.mesh).compile()), done.out_info
+        yield "take", (done := _take.lower(rows.cache[0], kept, mesh=self.mesh).compile()), done.out_info
 
     def _wave(
         self, weights: Any, prompts: Sequence[np.ndarray], key: jax.Array, at: int, first: int, size: int, out: Responses
@@ -137,7 +137,7 @@ class Sampler:
             if bucket < active.shape[1]:
                 kept = np.argsort(~active, axis=1, kind="stable")[:, :bucket]
                 row = np.take_along_axis(row.reshape(shards, -1), kept, axis=1).ravel()
-                rows = _take(rows, kept.ravel(), mesh=self.mesh)
+                rows = _compacted(rows, kept.ravel(), self.mesh)
             rows, drawn = _decode(weights, rows, np.int32(tokens.shape[1]), np.int32(t), key, c=c, **static)
             _record(out, _to_host(drawn, self.mesh), row, t)
 
@@ -268,10 +268,22 @@ def _decode(
     return _per_shard(decode, mesh, (WHOLE, BATCH, WHOLE, WHOLE, WHOLE), BATCH)(weights, rows, S, t, key)
 
 
+def _compacted(rows: Rows, kept: np.ndarray, mesh: Mesh) -> Rows:
+    """The rows of every shard at its part of `kept`. `rows` is used up: a layer's old cache is gone before the next layer's new
+    one is made, so that no more than one cache and a layer of another are held."""
+
+    def taken(tree: Any) -> Any:
+        new = _take(tree, kept, mesh=mesh)
+        jax.tree.map(lambda x: x.delete(), tree)
+        return new
+
+    return taken(rows._replace(cache=()))._replace(cache=tuple(map(taken, rows.cache)))  # type: ignore[no-any-return]
+
+
 @functools.partial(jax.jit, static_argnames="mesh")
-def _take(rows: Rows, kept: Array, *, mesh: Mesh) -> Rows:
-    """The rows of every shard at its part of `kept`, positions within the shard."""
-    return _per_shard(lambda rows, kept: jax.tree.map(lambda x: x[kept], rows), mesh, BATCH, BATCH)(rows, kept)
+def _take(tree: Any, kept: Array, *, mesh: Mesh) -> Any:
+    """Rows of every shard, at positions within the shard."""
+    return _per_shard(lambda tree, kept: jax.tree.map(lambda x: x[kept], tree), mesh, BATCH, BATCH)(tree, kept)
 
 
 def _draw(logits: Array, key: jax.Array, row: Array, t: Array, c: Decoding) -> tuple[Array, Array]:

@@ -100,6 +100,24 @@ def test_waves_chunks_and_compaction_change_no_draw(built, params, prompts, kw, 
     assert taken or kw.get("chunk") not in (1, 3)  # with small chunks rows were dropped on the way
 
 
+def test_dropping_rows_gives_a_layers_old_cache_back_before_the_next_is_made(built, monkeypatch):
+    rows = sampling.Rows(tuple((jnp.arange(4.0) + i, jnp.arange(4.0) * i) for i in range(3)), *(jnp.arange(4) for _ in range(4)))
+    alive, real = [], sampling._take
+    old = rows.cache
+
+    def take(tree, kept, mesh):
+        alive.append(sum(not x.is_deleted() for layer in old for x in layer))
+        return real(tree, kept, mesh=mesh)
+
+    monkeypatch.setattr(sampling, "_take", take)
+    new = sampling._compacted(rows, np.array([3, 1]), built.mesh)
+    assert alive == [6, 6, 4, 2] and all(x.is_deleted() for layer in old for x in layer)
+    np.testing.assert_array_equal(new.row, [3, 1])
+    for i, (k, v) in enumerate(new.cache):
+        np.testing.assert_array_equal(k, np.array([3.0, 1.0]) + i)
+        np.testing.assert_array_equal(v, np.array([3.0, 1.0]) * i)
+
+
 def test_several_end_tokens_are_sampled_and_counted(built, params, prompts):
     eos = ends(built, params, prompts)
     r = make(built, eos_ids=eos)(params, prompts, KEY, version=3)
