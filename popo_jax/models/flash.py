@@ -1,8 +1,8 @@
-"""Causal attention over whole rows, of the kind that `model.attention` names, on one device or on a mesh.
+"""Attention over whole rows, of the kind that `model.attention` names, on one device or on a mesh: causal, or within segments.
 
-Rows start at position 0 and are padded on the right, so no kind needs a padding mask. `xla` makes all the scores; `cudnn` and
-`splash` are flash kernels (arXiv:2205.14135): what they keep for the backward pass grows with T, not with T squared.
-Letters as in attention.py; head-major in and out.
+Text rows start at position 0 and are padded on the right, so causal attention needs no padding mask; images are segments of a row
+of patches. `xla` makes all the scores; `cudnn` (causal alone) and `splash` are flash kernels (arXiv:2205.14135): what they keep
+for the backward pass grows with T, not with T squared. Letters as in attention.py; head-major in and out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,14 @@ from popo_jax.sharding import ROW_AXES
 from popo_jax.types import UserError
 
 Kernel = Callable[..., Array]
-"""(q_BKRTH, k_BKTH, v_BKTH) -> out_BKRTH."""
+"""(q_BKRTH, k_BKTH, v_BKTH) -> out_BKRTH; within segments, segments_BT (int32) come last."""
 CUDNN_HEAD_DIM = 128
 """Largest that cuDNN's flash attention takes on every GPU it runs on, in steps of 8."""
 LANES = 128
 BLOCKS = (512, 256, LANES)
 """Positions of a tile of scores, the best first; the TPU's vectors have 128 lanes."""
+NO_SEGMENT, TILE_PADDING = -1, -2
+"""Segments of a row's padding, and of what a kernel adds to it."""
 
 
 def resolve_attention(c: ModelConfig, platform: str) -> ModelConfig:
@@ -67,9 +69,32 @@ def causal(c: ModelConfig, mesh: Mesh | None) -> Kernel:
     return kernel if mesh is None or mesh.size == 1 or c.attention == "xla" else partial(_spread, kernel, mesh)
 
 
-def _xla(q_BKRTH: Array, k_BKTH: Array, v_BKTH: Array, *, window: int | None, platform: str) -> Array:
+def within(c: ModelConfig, mesh: Mesh | None) -> Kernel:
+    """softmax(q k' / sqrt(H)) v over all keys of the query's own segment, before it and after it. Padding is a segment, too.
+
+    Splash where `c.attention` says so, else xla: jax's call of cuDNN takes no segments.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    splash = c.attention == "splash"
+    kernel = partial(_splash if splash else _xla, causal=False, window=None, platform=platform)
+    return kernel if mesh is None or mesh.size == 1 or not splash else partial(_spread, kernel, mesh)
+
+
+def _xla(
+    q_BKRTH: Array,
+    k_BKTH: Array,
+    v_BKTH: Array,
+    segments_BT: Array | None = None,
+    *,
+    window: int | None,
+    platform: str,
+    causal: bool = True,
+) -> Array:
     T = k_BKTH.shape[2]
-    return attention(q_BKRTH, k_BKTH, v_BKTH, visible(jnp.zeros(1, jnp.int32), jnp.arange(T), T, window)[0])
+    mask = visible(jnp.zeros(1, jnp.int32), jnp.arange(T), T, window)[0] if causal else jnp.ones((T, T), bool)
+    if segments_BT is not None:
+        mask &= segments_BT[:, :, None] == segments_BT[:, None, :]
+    return attention(q_BKRTH, k_BKTH, v_BKTH, mask)
 
 
 def _cudnn(
@@ -95,10 +120,19 @@ def _cudnn(
     return out_BTNH.swapaxes(1, 2).reshape(B, K, R, T, H)
 
 
-def _splash(q_BKRTH: Array, k_BKTH: Array, v_BKTH: Array, *, window: int | None, platform: str) -> Array:
+def _splash(
+    q_BKRTH: Array,
+    k_BKTH: Array,
+    v_BKTH: Array,
+    segments_BT: Array | None = None,
+    *,
+    window: int | None,
+    platform: str,
+    causal: bool = True,
+) -> Array:
     """The Pallas kernel for one key head and its queries, over all rows and key heads; interpreted on a CPU.
 
-    T is padded to whole tiles: nothing before sees what follows it.
+    T is padded to whole tiles: nothing before sees what follows it, by order or as another segment.
     """
     B, K, R, T, H = q_BKRTH.shape
     block, padded = tile(T)
@@ -107,15 +141,29 @@ def _splash(q_BKRTH: Array, k_BKTH: Array, v_BKTH: Array, *, window: int | None,
         jnp.pad(x.reshape(B * K, *x.shape[2:]), [(0, 0)] * (x.ndim - 3) + [(0, padded - T), (0, 0)])
         for x in (q_BKRTH, k_BKTH, v_BKTH)
     )
-    kernel = _splash_kernel(R, padded, block, window, interpret=platform == "cpu")
-    return jax.vmap(kernel)(q, k, v)[..., :T, :].reshape(B, K, R, T, H)
+    kernel = _splash_kernel(R, padded, block, window, causal=causal, interpret=platform == "cpu")
+    if segments_BT is None:
+        out = jax.vmap(kernel)(q, k, v)
+    else:
+        of_head = jnp.repeat(jnp.pad(segments_BT, ((0, 0), (0, padded - T)), constant_values=TILE_PADDING), K, axis=0)
+        out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, _segment_ids(s)))(q, k, v, of_head)
+    return out[..., :T, :].reshape(B, K, R, T, H)
 
 
-def _splash_kernel(R: int, T: int, block: int, window: int | None, *, interpret: bool) -> Kernel:
+def _segment_ids(segments: Array) -> Any:
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+
+    return pallas.SegmentIds(segments, segments)
+
+
+def _splash_kernel(R: int, T: int, block: int, window: int | None, *, causal: bool, interpret: bool) -> Kernel:
     """(q [R, T, H], k [T, H], v [T, H]) -> out [R, T, H], made for its mask: tiles where nothing is seen are left out."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas  # experimental: only who uses it depends on it
 
-    mask = pallas.CausalMask((T, T)) if window is None else pallas.LocalMask((T, T), (window - 1, 0), offset=0)
+    if not causal:
+        mask: Any = pallas.FullMask((T, T))
+    else:
+        mask = pallas.CausalMask((T, T)) if window is None else pallas.LocalMask((T, T), (window - 1, 0), offset=0)
     forward = ("block_q", "block_kv", "block_kv_compute")
     backward = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
     sizes = pallas.BlockSizes(**dict.fromkeys(forward + backward, block))  # type: ignore[arg-type]
@@ -129,10 +177,13 @@ def tile(T: int) -> tuple[int, int]:
     return block, T + -T % block
 
 
-def _spread(kernel: Kernel, mesh: Mesh, q_BKRTH: Array, k_BKTH: Array, v_BKTH: Array) -> Array:
+def _spread(kernel: Kernel, mesh: Mesh, q_BKRTH: Array, k_BKTH: Array, v_BKTH: Array, *segments_BT: Array) -> Array:
     """`kernel` on every device's own rows and heads: the compiler would have each compute all of a kernel's call."""
     q, kv = specs(q_BKRTH.shape[:3], mesh.shape)
-    return jax.shard_map(kernel, mesh=mesh, in_specs=(q, kv, kv), out_specs=q, check_vma=False)(q_BKRTH, k_BKTH, v_BKTH)
+    rows = tuple(PartitionSpec(q[0]) for _ in segments_BT)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(q, kv, kv, *rows), out_specs=q, check_vma=False)(
+        q_BKRTH, k_BKTH, v_BKTH, *segments_BT
+    )
 
 
 def specs(shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[PartitionSpec, PartitionSpec]:
