@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,17 +61,19 @@ def _meshed(c: Config, n: int, say: Callable[[str], None]) -> Config:
 
 
 def _advice(p: Plan, programs: Programs) -> Iterator[str]:
-    """Another mesh only where nothing simpler helps: it is another train step and another sampler to compile."""
-    found = False
-    for changes in (_settings(p), _meshes(p)):
-        for told, changed in () if found else changes:
+    """Another mesh only where nothing simpler helps, and one of them: it is another train step and another sampler to compile."""
+
+    def fitting(changes: Iterable[tuple[str, Config]]) -> Iterator[str]:
+        for told, changed in changes:
             try:
                 good = fit(programs.all(changed).values(), p.chip)
             except UserError:  # it cannot be split so
                 continue
             if good:
-                found = True
                 yield told
+
+    found = list(fitting(_settings(p)))
+    yield from found or itertools.islice(fitting(_meshes(p)), 1)
 
 
 def _settings(p: Plan) -> Iterator[tuple[str, Config]]:

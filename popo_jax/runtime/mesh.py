@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from popo_jax.config import Config
@@ -47,8 +48,12 @@ def mesh_of(c: Config, devices: Sequence[jax.Device]) -> Mesh:
     data = m.data if m.data is not None else n // (m.fsdp * m.tensor)
     if data * m.fsdp * m.tensor != n:
         raise UserError(f"mesh: data x fsdp x tensor must be the number of devices ({n}), got {data} x {m.fsdp} x {m.tensor}")
-    axes = ("data", "fsdp", "tensor")
-    return jax.make_mesh((data, m.fsdp, m.tensor), axes, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    axes, shape = ("data", "fsdp", "tensor"), (data, m.fsdp, m.tensor)
+    try:
+        return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError:  # no set of a torus' axes has these sizes: an axis of 8 chips divided into 4 and 2, say
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, axes, axis_types=(AxisType.Auto,) * 3)
 
 
 def cores() -> int:

@@ -204,3 +204,21 @@ def test_a_plan_from_the_command_line(tmp_path):
     assert set(d["memory"]) == {"train", "cast", "prefill", "decode", "take"} and d["largest"]["sample.max_rows"] == 16
     row = 2 * 2 * 2 * 128 * 2  # layers, k and v, heads, head_dim, bytes
     assert d["memory"]["decode"]["cache"] == pytest.approx(row * (64 + 192) * 4, rel=0.01)  # 4 rows on each chip
+
+
+TORUS = """
+import sys
+from popo_jax.config import Config, MeshConfig
+from popo_jax.plan import search
+from popo_jax.runtime.mesh import mesh_of
+mesh = mesh_of(Config(mesh=MeshConfig(fsdp=4, tensor=2)), search._devices("v5p:8x8x8"))
+assert dict(mesh.shape) == {"data": 64, "fsdp": 4, "tensor": 2}
+near = [sum(abs(x - y) for x, y in zip(a.coords, b.coords)) for a, b in mesh.devices.reshape(-1, 2)]
+print(set(near))
+"""
+
+
+@pytest.mark.slow
+def test_an_axis_of_a_torus_may_be_divided():
+    """No axes of 8 x 8 x 8 chips multiply to 4 or 2: jax.make_mesh alone refuses them. Pairs along tensor are neighbours."""
+    assert on_tpu(["-c", TORUS]).splitlines()[-1] == "{1}"
