@@ -24,10 +24,11 @@ from popo_jax.models import hf, lora
 from popo_jax.models.decoder import Decoder, resolved
 from popo_jax.rl import update
 from popo_jax.rl.optim import make_tx
-from popo_jax.rl.state import Batch, Params, StepOut, TrainState, abstract_batch, batch_specs
+from popo_jax.rl.state import Batch, Params, StepOut, TrainState, abstract_batch, batch_specs, sizes_of
 from popo_jax.rl.supervised import supervised_step
 from popo_jax.runtime import mesh as meshes
 from popo_jax.sampling.sampler import Decoding, Sampler
+from popo_jax.scenes import Images, Sizes
 from popo_jax.split import fitted, memory, split_for
 from popo_jax.types import UserError
 
@@ -47,8 +48,9 @@ class Built:
     """ShapeDtypeStructs with shardings."""
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepOut]]
     """Donates the state."""
-    score: Callable[[Params, Any], jax.Array]
-    """(params, tokens [B, T] on the mesh) -> log-probs [B, T] at the sampling temperature, for any B of its row shards."""
+    score: Callable[..., jax.Array]
+    """(params, tokens [B, T], images [B, ..] if the policy sees, on the mesh) -> log-probs [B, T] at the sampling temperature,
+    for any B of its row shards."""
 
     @property
     def shardings(self) -> Params:
@@ -74,11 +76,15 @@ class Built:
         step = meshes.place(np.zeros((), np.int32), self.mesh, PartitionSpec())
         return TrainState(step, params, jax.jit(self.tx.init, out_shardings=shardings.opt_state)(trained))
 
-    def sampler(self, *, samples: int, temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Sampler:
-        """For evaluation any samples and temperature; rows at once are those of training."""
+    def sampler(
+        self, *, samples: int, temperature: float, top_p: float = 1.0, top_k: int | None = None, sizes: Sizes | None = None
+    ) -> Sampler:
+        """For evaluation any samples and temperature; rows at once are those of training. sizes: the most that a prompt shows;
+        None: what `images` says."""
         s = self.c.sample
         rows = s.max_rows if s.max_rows is not None else self.c.batch.prompts * self.c.batch.group_size
-        c = Decoding(samples, temperature, top_k, top_p, s.max_prompt_tokens, s.max_response_tokens, s.chunk, rows, self.eos_ids)
+        limits = (s.max_prompt_tokens, s.max_response_tokens, s.chunk, rows)
+        c = Decoding(samples, temperature, top_k, top_p, *limits, self.eos_ids, sizes or sizes_of(self.c, self.model.c))
         return Sampler(self.model, c, self.mesh)
 
     def rollout_sampler(self) -> Sampler:
@@ -115,7 +121,7 @@ def build(c: Config, model_config: ModelConfig, *, eos_ids: tuple[int, ...], mes
     reference = shard_bytes(abstract.params) if c.loss.kl_coef else 0
 
     def needs(split: Config) -> int:
-        return reference + device_bytes(train_step(split).lower(abstract, abstract_batch(split)).compile())
+        return reference + device_bytes(train_step(split).lower(abstract, abstract_batch(split, model.c)).compile())
 
     if fit and c.batch.micro_batch == "auto":
         stats = jax.local_devices()[0].memory_stats() or {}
@@ -152,12 +158,15 @@ def abstract_state(model: Decoder, tx: optax.GradientTransformation, mesh: Mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), tree, spec_tree)
 
 
-def _scorer(c: Config, model: Decoder, params: Any, mesh: Mesh, spoken: NamedSharding) -> Callable[[Params, Any], jax.Array]:
-    @functools.partial(jax.jit, in_shardings=(params, NamedSharding(mesh, sharding.BATCH)), out_shardings=spoken)
-    def score(params: Params, tokens: jax.Array) -> jax.Array:
+def _scorer(c: Config, model: Decoder, params: Any, mesh: Mesh, spoken: NamedSharding) -> Callable[..., jax.Array]:
+    split = NamedSharding(mesh, sharding.BATCH)
+    read = (split,) if sizes_of(c, model.c) is None else (split, split)
+
+    @functools.partial(jax.jit, in_shardings=(params, *read), out_shardings=spoken)
+    def score(params: Params, tokens: jax.Array, *images: Images) -> jax.Array:
         rows = tokens.shape[0]
         n = max(rows // c.batch.micro_batch, 1) if isinstance(c.batch.micro_batch, int) else 1
         n = next(i for i in range(n, rows + 1) if rows % i == 0)  # candidates' rows need not be a multiple
-        return update.score(params, tokens, model=model, temperature=c.sample.temperature, parts=n)
+        return update.score(params, tokens, *images, model=model, temperature=c.sample.temperature, parts=n)
 
     return score

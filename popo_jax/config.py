@@ -239,6 +239,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ImagesConfig:
+    """What a policy that sees is shown."""
+
+    min_pixels: int | None = None
+    """Images are scaled so that they have as many at least; None: as the policy was made for,"""
+    max_pixels: int | None = None
+    """and at most."""
+    max_tokens: int | None = None
+    """Of the images of one prompt; None: as many as a problem of the data has."""
+    max_windows: int | None = None
+    """Windows of the vision tower that the images of one prompt fill; None: as many as a problem of the data needs."""
+    cache_mb: int = 512
+    """MB that prepared images may take of a process' memory; others are read again when they are needed."""
+    blind_eval: bool = True
+    """Evaluate with the images in grey, too: what is right without seeing (eval/blind/accuracy)."""
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     data: int | None = None
     """None: all devices that the other axes leave. A CPU is divided into as many devices as asked for; None: one a core, up to
@@ -265,6 +283,7 @@ class Config:
     batch: BatchConfig = BatchConfig()
     selection: SelectionConfig = SelectionConfig()
     sample: SampleConfig = SampleConfig()
+    images: ImagesConfig = ImagesConfig()
     loss: LossConfig = LossConfig()
     weight: WeightConfig = WeightConfig()
     replay: ReplayConfig = ReplayConfig()

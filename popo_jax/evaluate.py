@@ -13,6 +13,7 @@ from popo_jax.data.stream import Source
 from popo_jax.problems import GradeFn
 from popo_jax.rl.state import Purpose, key_for
 from popo_jax.sampling.sampler import SampleFn
+from popo_jax.scenes import Scene
 from popo_jax.types import Prompt, Verdict
 
 
@@ -49,13 +50,16 @@ def answer(
     seed: int,
     version: int,
     first: int = 0,
+    scenes: Sequence[Scene] | None = None,
 ) -> Answers:
     """Sample and grade. The key is the same at every step, so evaluations differ by the policy only.
 
-    `first` is the number of the first prompt among those of the evaluation: parts of it draw what the whole would.
+    `first` is the number of the first prompt among those of the evaluation: parts of it draw what the whole would. `scenes`: what
+    the prompts show, for a policy that sees.
     """
     key = key_for(seed, Purpose.EVAL, 0)
-    responses = sample(params, [p.tokens for p in prompts], key, version=version, first=first)
+    seen: dict[str, Any] = {} if scenes is None else {"scenes": scenes}
+    responses = sample(params, [p.tokens for p in prompts], key, version=version, first=first, **seen)
     k = len(responses.tokens) // len(prompts)
     texts = tuple(decode(row[mask]) for row, mask in zip(responses.tokens, responses.sampled_mask, strict=True))
     of = [prompts[i // k] for i in range(len(texts))]

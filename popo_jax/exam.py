@@ -20,6 +20,7 @@ from popo_jax import answers, build, evaluate, problems, restore, run_dir
 from popo_jax.answers import Sheet
 from popo_jax.build import Built
 from popo_jax.config import Config, from_dict
+from popo_jax.data.pictures import Shown
 from popo_jax.eval_args import CHAT, EvalArgs
 from popo_jax.evaluate import Answers
 from popo_jax.models import hub
@@ -28,6 +29,7 @@ from popo_jax.rl.state import Params, Purpose, key_for
 from popo_jax.rules import resolve
 from popo_jax.runtime.mesh import make_mesh
 from popo_jax.sampling.sampler import Sampler
+from popo_jax.scenes import Sizes
 from popo_jax.task_config import TaskConfig
 from popo_jax.tasks import suites
 from popo_jax.tasks.graders import Graders
@@ -62,6 +64,8 @@ class Exam:
     c: Config
     """Its only task is the one whose verifier grades."""
     prompts: tuple[Prompt, ...]
+    shown: Shown | None = None
+    """What they show, if the policy sees and the task has pictures."""
 
 
 def command(a: EvalArgs) -> dict[str, dict[str, Any]]:
@@ -73,9 +77,10 @@ def command(a: EvalArgs) -> dict[str, dict[str, Any]]:
     settings = _settings(a, subject, exams, greedy)
     folder = answers.open_folder(a.out or _default_folder(a, subject, exams, settings), settings)
     print(f"Answers: {folder}", flush=True)
-    samplers = {SAMPLED: subject.built.sampler(samples=a.samples, temperature=a.temperature, top_p=a.top_p)}
+    sizes = _sizes(exams)
+    samplers = {SAMPLED: subject.built.sampler(samples=a.samples, temperature=a.temperature, top_p=a.top_p, sizes=sizes)}
     if greedy:
-        samplers = {GREEDY: subject.built.sampler(samples=1, temperature=0.0)} | samplers
+        samplers = {GREEDY: subject.built.sampler(samples=1, temperature=0.0, sizes=sizes)} | samplers
     for file, sampler in samplers.items():
         _ask(subject, exams, sampler, Sheet(folder / file, sampler.c.samples), a.seed)
     found = answers.summary(answers.read(folder / SAMPLED), a.k or (a.samples,), str(folder / SAMPLED))
@@ -151,16 +156,24 @@ def _exam(name: str, suite: suites.Suite | None, a: EvalArgs, subject: Subject) 
     if suite is not None or (name == "math" and data is not None):
         columns = {"problem": a.problem_column, "answer": a.answer_column}
         config = suites.config(base or TaskConfig("math"), suite, data, **columns)
-        source = problems.load_all(config, c, tokenizer)
+        found = problems.load_all(config, c, tokenizer, subject.policy.model)
     else:
         if a.problem_column or a.answer_column:
             raise UserError(f"--problem-column and --answer-column go with a suite, or math and --data, got task {name}")
         config = replace(base or TaskConfig(name), **({} if data is None else {"eval_file": data}))  # type: ignore[arg-type]
-        source = problems.load(replace(c, tasks=(config,)), tokenizer).held_out[0]
+        c = c if base is not None else replace(c, images=replace(c.images, max_tokens=None, max_windows=None))
+        found = problems.load(replace(c, tasks=(config,)), tokenizer, subject.policy.model)
         if n is None and base is not None and data is None:
             n = math.ceil(c.eval.problems / len(c.tasks))
+    source = found.held_out[0]
     prompts = evaluate.held_out([source], len(source.problems) if n is None else n)
-    return Exam(name if suite is None else suite.name, replace(c, tasks=(config,)), tuple(prompts))
+    return Exam(name if suite is None else suite.name, replace(c, tasks=(config,)), tuple(prompts), found.shown)
+
+
+def _sizes(exams: Sequence[Exam]) -> Sizes | None:
+    """The most that a prompt of any exam shows; None: none shows anything."""
+    found = [e.shown.sizes for e in exams if e.shown is not None]
+    return Sizes(max(s.windows for s in found), max(s.tokens for s in found)) if found else None
 
 
 def _ask(subject: Subject, exams: Sequence[Exam], sample: Sampler, sheet: Sheet, seed: int) -> None:
@@ -173,15 +186,17 @@ def _ask(subject: Subject, exams: Sequence[Exam], sample: Sampler, sheet: Sheet,
             continue
         with Graders(exam.c) as grade:
             for i in range(0, len(todo), at_once):
+                asked = todo[i : i + at_once]
                 got = evaluate.answer(
                     subject.params,
-                    todo[i : i + at_once],
+                    asked,
                     sample,
                     subject.policy.tokenizer.decode,
                     grade,
                     seed=seed,
                     version=subject.version,
                     first=begun + i,
+                    scenes=None if exam.shown is None else exam.shown.scenes(asked),
                 )
                 sheet.append(rows(exam.name, got))
                 print(f"{exam.name}: {begun + i + len(got.prompts)} of {len(exam.prompts)} problems", flush=True)

@@ -33,6 +33,7 @@ from popo_jax.runtime.mesh import make_mesh, place
 from popo_jax.runtime.peers import Peers
 from popo_jax.runtime.signals import stop_wish
 from popo_jax.runtime.writers import Loggers
+from popo_jax.scenes import Scene, blind
 from popo_jax.sharding import BATCH
 from popo_jax.tasks.graders import Graders
 from popo_jax.tasks.pool import Job
@@ -73,13 +74,14 @@ def _new(c: Config, grade: GradeFn, console: Console, peers: Peers) -> dict[str,
     for sentence in policies.lacks(policy, c):
         console.say(sentence)
     c = replace(c, chat=peers.first("date", lambda: dated(c.chat, policy.tokenizer)))  # of the run's start, in all of it
-    sources = problems.load(c, policy.tokenizer)
+    sources = problems.load(c, policy.tokenizer, policy.model)
+    c = problems.with_sizes(c, sources)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh, fit=True)
     peers.same("split", {"batch.micro_batch that auto chose": str(built.split.batch.micro_batch)})
     if c.batch.micro_batch == "auto":  # written down: another machine's choice would round a resumed run otherwise
         c = replace(c, batch=replace(c.batch, micro_batch=built.split.batch.micro_batch, memory_gb=None))
     params = built.load(folder, key_for(c.seed, Purpose.INIT, 0))
-    reference = _reference(c, built, folder, policy)
+    reference = _reference(c, built, folder, sources)
     prints = _fingerprints(policy, sources, grade)
     peers.same("start", prints | versions() | {f"starting policy, {folder},": policies.digest(folder)})
     run = RunDir.at(peers.first("run", lambda: _made(c, prints, policy)))
@@ -107,7 +109,7 @@ def _resume(c: Config, run: RunDir, step: int | None, grade: GradeFn, console: C
             raise UserError(f"{run.path} holds no checkpoint yet; start it anew with: popo train {run.path / 'config.yaml'}")
         step = peers.first("from", lambda: checkpoints.steps()[-1] if step is None else step)
         where = f"checkpoint {run.path / 'checkpoints' / str(step)}"
-        sources = problems.load(c, policy.tokenizer)
+        sources = problems.load(c, policy.tokenizer, policy.model)
         prints = _fingerprints(policy, sources, grade)
         progress = run_dir.check_meta(checkpoints.read_meta(step), c, prints, where)
         state, arrays, _ = checkpoints.restore(step, built.abstract_state)
@@ -119,7 +121,7 @@ def _resume(c: Config, run: RunDir, step: int | None, grade: GradeFn, console: C
     console.say(f"Resuming {run.path} after step {step}")
     start = Start(state, buffer, selection, progress)
     folder = sft.starting_policy(c, mesh, console.say, peers) if c.loss.kl_coef else None
-    reference = _reference(c, built, folder, policy)
+    reference = _reference(c, built, folder, sources)
     return _go(c, run, built, policy, sources, prints, grade, start, reference, console, peers)
 
 
@@ -141,10 +143,13 @@ def _go(
     console.banner(built.split, size, built.model.c.attention, jax.devices(), counts)
     first = peers.index == 0
     clock, journal = Clock(), Journal(run, Loggers(c.loggers if first else (), run.path, plain.to_plain(c)), console, first)
-    stream, decode = _shared_stream(PromptStream(sources.train, seed=c.seed), peers), policy.tokenizer.decode
+    shown, decode = sources.shown, policy.tokenizer.decode
+    look = shown.gallery if shown is not None else None
+    stream = _shared_stream(PromptStream(sources.train, seed=c.seed, look=look), peers)
     grade = _shared_grade(grade, peers)
     choose = start.selection.choose if start.selection is not None else None
-    collect = Collector(c, built.rollout_sampler(), grade, decode, stream, reference, choose, Clock)
+    scenes = shown.scenes if shown is not None else None
+    collect = Collector(c, built.rollout_sampler(), grade, decode, stream, reference, choose, Clock, scenes)
     score = _evaluator(c, built, policy, sources, grade, clock)
     with stop_wish() as wish, _checkpoints(c, run) as checkpoints, console:
 
@@ -157,7 +162,7 @@ def _go(
         def stopping() -> bool:
             return any(peers.tell("stop", wish.is_set()))
 
-        parts = train.Parts(c, built, collect, start.buffer, start.selection, score, journal, clock, save, stopping, peers)
+        parts = train.Parts(c, built, collect, start.buffer, start.selection, score, journal, clock, save, stopping, peers, shown)
         began = time.monotonic()
         if peers.first("rows", lambda: not run.metrics.rows()):
             journal.row({"step": 0} | score(start.state.params, 0))
@@ -240,21 +245,33 @@ def _evaluator(
     prompts = evaluate.held_out(sources.held_out, c.eval.problems)
     sampler = built.sampler(samples=c.eval.samples, temperature=c.eval.temperature, top_p=c.eval.top_p)
 
+    scenes = None if sources.shown is None else sources.shown.scenes(prompts)
+
+    def asked(params: Params, step: int, scenes: Sequence[Scene] | None) -> dict[str, float]:
+        how = {"seed": c.seed, "version": step, "scenes": scenes}
+        return evaluate.accuracy(evaluate.answer(params, prompts, sampler, policy.tokenizer.decode, grade, **how))  # type: ignore[arg-type]
+
     def score(params: Params, step: int) -> dict[str, float]:
         jax.block_until_ready(params)
         with clock("eval"):
-            return evaluate.accuracy(
-                evaluate.answer(params, prompts, sampler, policy.tokenizer.decode, grade, seed=c.seed, version=step)
-            )
+            seen = asked(params, step, scenes)
+            if scenes is None or not c.images.blind_eval:
+                return seen
+            return seen | {"eval/blind/accuracy": asked(params, step, [blind(s) for s in scenes])["eval/accuracy"]}
 
     return score
 
 
-def _reference(c: Config, built: Built, folder: epath.Path | None, policy: Policy) -> Callable[[list[Group]], list[Group]] | None:
+def _reference(
+    c: Config, built: Built, folder: epath.Path | None, sources: problems.Problems
+) -> Callable[[list[Group]], list[Group]] | None:
     """Scores fresh groups under the policy the run started from, kept outside the train state."""
     if not c.loss.kl_coef or folder is None:
         return None
     params = built.load(folder, key_for(c.seed, Purpose.INIT, 0))
     return reference_scorer(
-        lambda tokens: built.score(params, place(tokens, built.mesh, BATCH)), c.row_tokens, c.batch.prompts * c.batch.group_size
+        lambda *rows: built.score(params, *place(rows, built.mesh, BATCH)),
+        c.row_tokens,
+        c.batch.prompts * c.batch.group_size,
+        None if sources.shown is None else sources.shown.rows,
     )

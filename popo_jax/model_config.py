@@ -40,11 +40,58 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """Shape of Qwen2.5-VL's vision tower, and of the images it reads; with family qwen2_5_vl alone."""
+
+    layers: int = 2
+    width: int = 64
+    heads: int = 2
+    mlp: int = 128
+    patch: int = 7
+    """Pixels of a patch's side."""
+    merge: int = 2
+    """Patches of the side of what becomes one token."""
+    temporal: int = 2
+    """Frames of a patch; an image is the same one in each."""
+    window: int = 28
+    """Pixels of the side of a window, beyond which only `full_layers` see."""
+    full_layers: tuple[int, ...] = (1,)
+    mrope: tuple[int, ...] = (4, 6, 6)
+    """Frequencies of the decoder's rotary positions that speak of time, row and column; head_dim / 2 together."""
+    image_token: int | None = None
+    """Id that stands for a token of an image, and those around it; None: the tokenizer's."""
+    start_token: int | None = None
+    end_token: int | None = None
+    min_pixels: int = 784
+    """Images are scaled so that they have as many pixels at least,"""
+    max_pixels: int = 1003520
+    """and at most."""
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    """Of red, green and blue from 0 to 1, which is subtracted,"""
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    """and what is divided by."""
+
+    @property
+    def cell(self) -> int:
+        """Pixels of the side of what becomes one token."""
+        return self.patch * self.merge
+
+    @property
+    def window_cells(self) -> int:
+        """Tokens of a window's side."""
+        return self.window // self.cell
+
+    @property
+    def window_patches(self) -> int:
+        return (self.window_cells * self.merge) ** 2
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape and precision of a decoder. With `policy.path` the shape comes from there."""
 
-    family: Literal["qwen2", "qwen3", "llama", "mistral"] = "qwen2"
-    """Whose architecture and checkpoint format: qwen3 norms queries and keys."""
+    family: Literal["qwen2", "qwen3", "llama", "mistral", "qwen2_5_vl"] = "qwen2"
+    """Whose architecture and checkpoint format: qwen3 norms queries and keys, qwen2_5_vl has a vision tower."""
 
     vocab_size: int | None = None
     """None: the tokenizer's."""
@@ -82,6 +129,11 @@ class ModelConfig:
     0.5 GB a device, else as many as make so much."""
 
     lora: LoraConfig = LoraConfig()
+    vision: VisionConfig = VisionConfig()
+
+    @property
+    def sees(self) -> bool:
+        return self.family == "qwen2_5_vl"
 
     @property
     def qk_norm(self) -> bool:

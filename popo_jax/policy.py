@@ -11,7 +11,7 @@ from etils import epath
 from popo_jax.config import Config
 from popo_jax.data import tokenizer as tokenizers
 from popo_jax.data.tokenizer import Tokenizer
-from popo_jax.model_config import MODEL_HOW, ModelConfig
+from popo_jax.model_config import MODEL_HOW, ModelConfig, VisionConfig
 from popo_jax.models import hf, hf_config, lora
 from popo_jax.types import UserError
 
@@ -36,12 +36,22 @@ def describe(folder: epath.PathLike, c: Config) -> Policy:
     folder = epath.Path(folder)
     how = {name: getattr(c.model, name) for name in MODEL_HOW}
     shape = replace(hf_config.read_config(folder), **how)
+    shape = replace(shape, vision=scaled(shape.vision, c))
     if shape.max_positions < c.row_tokens:
         raise UserError(
             f"sample.max_prompt_tokens + sample.max_response_tokens must be at most the {shape.max_positions} positions that "
             f"{folder} was made for, got {c.row_tokens}"
         )
     return checked(Policy(shape, tokenizers.load(folder), folder), f"{folder}: vocab_size")
+
+
+def scaled(v: VisionConfig, c: Config) -> VisionConfig:
+    """With `images.min_pixels` and `max_pixels` where they are given. Errors: UserError if nothing lies between them."""
+    given = {k: n for k in ("min_pixels", "max_pixels") if (n := getattr(c.images, k)) is not None}
+    v = replace(v, **given)
+    if v.min_pixels > v.max_pixels:
+        raise UserError(f"images.max_pixels must be at least images.min_pixels ({v.min_pixels}), got {v.max_pixels}")
+    return v
 
 
 def checked(policy: Policy, what: str) -> Policy:

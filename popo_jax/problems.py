@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,15 @@ import numpy as np
 from popo_jax.config import Config
 from popo_jax.data import chat as chats
 from popo_jax.data.chat import Chat
+from popo_jax.data.pictures import Eyes, Gallery, Shown
 from popo_jax.data.stream import Source
 from popo_jax.data.tokenizer import Tokenizer
+from popo_jax.model_config import ModelConfig
+from popo_jax.scenes import Sizes
 from popo_jax.task_config import TaskConfig
 from popo_jax.tasks import get_task, mathematics
 from popo_jax.tasks.pool import Job
-from popo_jax.types import Verdict
+from popo_jax.types import UserError, Verdict
 
 GradeFn = Callable[[Sequence[Job]], list[Verdict]]
 
@@ -27,38 +30,77 @@ GradeFn = Callable[[Sequence[Job]], list[Verdict]]
 class Problems:
     train: tuple[Source, ...]
     held_out: tuple[Source, ...]
+    shown: Shown | None = None
 
 
-def load(c: Config, tokenizer: Tokenizer) -> Problems:
-    """Training and held-out sources of every task. Errors: UserError for bad files, prompts over the limit, chat settings."""
-    chat = chats.open_chat(c.chat, tokenizer)
+def load(c: Config, tokenizer: Tokenizer, model: ModelConfig | None = None) -> Problems:
+    """Training and held-out sources of every task, for a policy of shape `model` (None: that reads text alone).
+
+    Errors: UserError for bad files, prompts over the limit, chat settings, pictures for a policy that does not see.
+    """
+    chat = _chat(c, tokenizer, model)
     train: list[Source] = []
     held_out: list[Source] = []
+    sizes: list[Sizes] = []
     for i, config in enumerate(c.tasks):
         task = get_task(config.name)
         for problems, out, file in zip(task.load(config), (train, held_out), ("train_file", "eval_file"), strict=True):
             where = getattr(config, file) or _origin(config) or f"tasks.{i} ({config.name}, generated)"
-            out.append(_source(config, problems, where, c, chat))
-    return Problems(tuple(train), tuple(held_out))
+            source, needed = _source(config, problems, where, c, chat)
+            out.append(source)
+            sizes += [needed] if needed else []
+    return Problems(tuple(train), tuple(held_out), _shown((*train, *held_out), sizes, c, chat))
 
 
-def load_all(config: TaskConfig, c: Config, tokenizer: Tokenizer) -> Source:
-    """Every problem of a mathematics file or data set, undivided. Errors: UserError, as `load`."""
-    chat = chats.open_chat(c.chat, tokenizer)
-    return _source(config, mathematics.load_all(config), _origin(config) or config.name, c, chat)
+def load_all(config: TaskConfig, c: Config, tokenizer: Tokenizer, model: ModelConfig | None = None) -> Problems:
+    """Every problem of a mathematics file or data set, undivided, as held out. Errors: UserError, as `load`."""
+    chat = _chat(c, tokenizer, model)
+    source, _ = _source(config, mathematics.load_all(config), _origin(config) or config.name, c, chat)
+    return Problems((), (source,), None)
 
 
-def _source(config: TaskConfig, problems: Sequence[Mapping[str, Any]], where: str, c: Config, chat: Chat) -> Source:
-    """Checked: every prompt fits."""
+def with_sizes(c: Config, problems: Problems) -> Config:
+    """With `images.max_tokens` and `max_windows` as the data needs them, where they are not given."""
+    if problems.shown is None:
+        return c
+    s = problems.shown.sizes
+    return replace(c, images=replace(c.images, max_tokens=s.tokens, max_windows=s.windows))
+
+
+def _chat(c: Config, tokenizer: Tokenizer, model: ModelConfig | None) -> Chat:
+    return chats.open_chat(c.chat, tokenizer, model.vision if model is not None and model.sees else None)
+
+
+def _source(
+    config: TaskConfig, problems: Sequence[Mapping[str, Any]], where: str, c: Config, chat: Chat
+) -> tuple[Source, Sizes | None]:
+    """Checked: every prompt fits; and the most that one shows."""
     task = get_task(config.name)
-    source = Source(config.name, config.weight, problems, task.prompt_text, task.problem_id, task.answer_fields, chat)
-    source.check(c.sample.max_prompt_tokens, where)
-    return source
+    pictures, eyes = getattr(task, "pictures", None), None
+    if pictures is not None:
+        if chat.vision is None:
+            raise UserError(f"task {config.name} has pictures: the policy must be of family qwen2_5_vl, got one of text alone")
+        eyes = Eyes(chat.vision, pictures, getattr(task, "picture_sizes", None))
+    source = Source(config.name, config.weight, problems, task.prompt_text, task.problem_id, task.answer_fields, chat, eyes)
+    return source, source.check(c.sample.max_prompt_tokens, where)
+
+
+def _shown(sources: Sequence[Source], sizes: Sequence[Sizes], c: Config, chat: Chat) -> Shown | None:
+    """None: no task has pictures. Errors: UserError if a prompt shows more than `images` allows."""
+    if not sizes or chat.vision is None:
+        return None
+    needed = {"max_windows": max(s.windows for s in sizes), "max_tokens": max(s.tokens for s in sizes)}
+    most = {k: n if (given := getattr(c.images, k)) is None else given for k, n in needed.items()}
+    for key, n in needed.items():
+        if most[key] < n:
+            raise UserError(f"images.{key} must be at least the {n} of a problem, got {most[key]} (smaller: images.max_pixels)")
+    return Shown(Gallery(sources, c.images.cache_mb), Sizes(most["max_windows"], most["max_tokens"]), chat.vision)
 
 
 def _origin(config: TaskConfig) -> str | None:
     """Where both sides come from, if one source is divided between them."""
-    return (config.train_file or config.math.dataset) if config.name == "math" else None
+    dataset = {"math": config.math.dataset, "geometry": config.geometry.dataset}
+    return (config.train_file or dataset[config.name]) if config.name in dataset else None
 
 
 def fingerprints(problems: Problems, grade: GradeFn) -> dict[str, str]:

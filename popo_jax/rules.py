@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from popo_jax import plain
 from popo_jax.config import Config
 from popo_jax.model_config import MODEL_HOW, ModelConfig
-from popo_jax.task_config import TASK_NAMES, UNBOUNDED, TaskConfig
+from popo_jax.task_config import PICTURED, TASK_NAMES, UNBOUNDED, TaskConfig
 from popo_jax.types import UserError
 
 
@@ -60,6 +60,10 @@ def unread(c: Config) -> dict[str, str]:
         keys["warm_start"] = "policy.path names a policy"
         shape = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in MODEL_HOW]
         keys |= {f"model.{k}": "the shape comes from policy.path" for k in shape}
+    elif not c.model.sees:
+        keys |= {"model.vision": f"model.family {c.model.family} reads text alone"}
+    if not any(t.name in PICTURED for t in c.tasks):
+        keys["images"] = "no task has pictures"
     if c.batch.micro_batch != "auto":
         keys["batch.memory_gb"] = "batch.micro_batch is not auto"
     if c.model.lora.rank is None:
@@ -112,7 +116,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "algorithm.max_rounds algorithm.dead_steps replay.min_age replay.max_uses replay.candidates mesh.data mesh.fsdp "
         "mesh.tensor model.vocab_size model.layers model.width model.heads model.kv_heads model.mlp model.max_positions "
         "model.window model.rope_scaling.original_positions model.lora.rank model.head_chunk warm_start.steps "
-        "warm_start.batch selection.candidates verifier.workers",
+        "warm_start.batch selection.candidates verifier.workers model.vision.layers model.vision.width model.vision.heads "
+        "model.vision.mlp model.vision.patch model.vision.merge model.vision.temporal model.vision.min_pixels "
+        "model.vision.max_pixels images.min_pixels images.max_pixels images.max_tokens images.max_windows images.cache_mb",
     ),
     (
         "be at least 0",
@@ -158,6 +164,37 @@ def _broken_rules(c: Config) -> Iterator[str]:
         if t.name == "math":
             yield from (f"tasks.{i}.{sentence}" for sentence in _broken_math(t))
     yield from _broken_relations(c)
+    if c.policy.path is None and c.model.sees:
+        yield from _broken_vision(c.model)
+
+
+def _broken_vision(m: ModelConfig) -> Iterator[str]:
+    v = m.vision
+    rules = (
+        (m.attention_bias, "model.attention_bias must be true with model.family qwen2_5_vl, which has biases, got false"),
+        (
+            v.width % v.heads == 0 and v.width // v.heads % 4 == 0,
+            f"model.vision.width must be a multiple of 4 x model.vision.heads ({v.heads}), got {v.width}",
+        ),
+        (v.window >= v.cell, f"model.vision.window must hold a cell of patch x merge ({v.cell}) pixels, got {v.window}"),
+        (
+            all(0 <= i < v.layers for i in v.full_layers),
+            f"model.vision.full_layers must be below model.vision.layers ({v.layers}), got {list(v.full_layers)}",
+        ),
+        (
+            len(v.mrope) == 3 and min(v.mrope) >= 0 and 2 * sum(v.mrope) == m.head_dim,
+            f"model.vision.mrope must be three numbers that add up to half of model.head_dim ({m.head_dim}), got {list(v.mrope)}",
+        ),
+        (
+            len(v.mean) == len(v.std) == 3 and min(v.std) > 0,
+            f"model.vision.mean and std must be three numbers each, the latter above 0, got {list(v.mean)} and {list(v.std)}",
+        ),
+        (
+            v.image_token is v.start_token is v.end_token is None,
+            f"model.vision.image_token must be null: it is the tokenizer's, got {v.image_token}, {v.start_token}, {v.end_token}",
+        ),
+    )
+    yield from (sentence for holds, sentence in rules if not holds)
 
 
 def _broken_math(t: TaskConfig) -> Iterator[str]:

@@ -22,8 +22,8 @@ import popo_jax.policy as policies
 from popo_jax import build, plain, problems
 from popo_jax.config import Config, OptimConfig
 from popo_jax.data import stream
-from popo_jax.data.chat import open_chat
-from popo_jax.data.tokenizer import characters
+from popo_jax.data.stream import Example
+from popo_jax.data.tokenizer import VISION, characters
 from popo_jax.models import lora
 from popo_jax.models.hub import locate
 from popo_jax.policy import Policy
@@ -72,16 +72,21 @@ def make(c: Config, mesh: Mesh, folder: epath.PathLike, say: Callable[[str], Non
 
 
 def fresh_policy(c: Config) -> Policy:
-    tokenizer = characters()
+    tokenizer = characters(sees=c.model.sees)
     size = tokenizer.vocab_size if c.model.vocab_size is None else c.model.vocab_size
-    return policies.checked(Policy(replace(lora.without(c.model), vocab_size=size), tokenizer), "model.vocab_size")
+    model = replace(lora.without(c.model), vocab_size=size)
+    if c.model.sees:
+        names = dict(zip(("start_token", "image_token", "end_token"), VISION, strict=False))
+        ids: dict[str, Any] = {key: tokenizer.core.token_to_id(name) for key, name in names.items()}
+        model = replace(model, vision=replace(policies.scaled(model.vision, c), **ids))
+    return policies.checked(Policy(model, tokenizer), "model.vocab_size")
 
 
 def cache_key(c: Config, fresh: Policy) -> str:
     """Hash of model, tokenizer, tasks, limits and warm-start settings (its seed among them)."""
     others = {*TASK_NAMES, "verifier"}
     tasks = [{k: v for k, v in plain.to_plain(t).items() if k == t.name or k not in others} for t in c.tasks]
-    prints = problems.asked(problems.load(c, fresh.tokenizer))
+    prints = problems.asked(problems.load(c, fresh.tokenizer, fresh.model))
     parts: Sequence[Any] = (plain.to_plain(lora.without(c.model)), tasks, plain.to_plain(c.warm_start), c.row_tokens)
     identity = [FORMAT, fresh.tokenizer.fingerprint(), prints, *parts]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -92,39 +97,41 @@ def warm_start(c: Config, policy: Policy, mesh: Mesh, say: Callable[[str], None]
     w, shards = c.warm_start, row_shards(mesh.shape)
     if w.batch % shards:
         raise UserError(f"warm_start.batch must be a multiple of the mesh's data x fsdp ({shards}), got {w.batch}")
+    sources = problems.load(c, policy.tokenizer, policy.model)
+    c = problems.with_sizes(c, sources)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh)
     params = built.fresh_params(key_for(w.seed, Purpose.INIT, 0))
     tx = make_tx(OptimConfig(weight_decay=0.01))
     state = TrainState(meshes.place(np.zeros((), np.int32), mesh, PartitionSpec()), params, tx.init(params))
     step = build.supervised(built.model, tx)
-    examples = Examples(c, policy)
-    chat = open_chat(c.chat, policy.tokenizer)
-    batches = iter(stream.supervised(examples, chat, batch=w.batch, T=c.row_tokens, seed=w.seed))
+    sizes = sources.shown.sizes if sources.shown is not None else None
+    shapes = {"batch": w.batch, "T": c.row_tokens, "seed": w.seed, "sizes": sizes}
+    batches = iter(stream.supervised(Examples(c, sources), sources.train[0].chat, **shapes))  # type: ignore[arg-type]
     rate = optax.warmup_cosine_decay_schedule(0.0, w.learning_rate, min(20, w.steps // 10), w.steps, w.learning_rate / 10)
     for i in range(w.steps):
         batch = meshes.place(next(batches), mesh, BATCH)
-        state, loss = step(state, batch["tokens"], batch["answer_mask"], np.float32(rate(i)))
+        state, loss = step(state, batch["tokens"], batch["answer_mask"], np.float32(rate(i)), batch.get("images"))
         if (i + 1) % max(w.steps // REPORTS, 1) == 0:
             say(f"  warm start {i + 1}/{w.steps}: loss {float(loss):.3f}")
     return state.params
 
 
 class Examples:
-    """Teacher's examples by index, each drawn anew: (prompt, answer). Thinking that the prompt opens is closed at once."""
+    """Teacher's examples by index, each drawn anew. Thinking that the prompt opens is closed at once."""
 
-    def __init__(self, c: Config, policy: Policy):
-        self._w = c.warm_start
-        self._sources = problems.load(c, policy.tokenizer).train
+    def __init__(self, c: Config, sources: problems.Problems):
+        self._w, self._shown, self._sources = c.warm_start, sources.shown, sources.train
         weights = np.array([s.weight for s in self._sources])
         self._shares = weights / weights.sum()
 
     def __len__(self) -> int:
         return self._w.steps * self._w.batch
 
-    def __getitem__(self, i: int) -> tuple[str, str]:
+    def __getitem__(self, i: int) -> Example:
         rng = np.random.default_rng([self._w.seed, i])
         source = self._sources[rng.choice(len(self._sources), p=self._shares)] if len(self._sources) > 1 else self._sources[0]
         problem: Mapping[str, Any] = source.problems[int(rng.integers(len(source.problems)))]
         prompt, answer = source.prompt(problem), get_task(source.task).teacher_answer(problem, rng, right=self._w.right)
         thinks = split_thinking(prompt.begun)[1] is None
-        return prompt.text, f"</think>\n{answer}" if thinks else answer
+        scene = self._shown.gallery(prompt.task, prompt.id) if self._shown is not None else None
+        return Example(prompt, f"</think>\n{answer}" if thinks else answer, scene)

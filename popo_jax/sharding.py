@@ -25,6 +25,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "norm": None,
     "rank": None,
+    "tower": None,
 }
 """Logical axis -> mesh axis."""
 
@@ -60,6 +61,21 @@ AXES: Mapping[str, tuple[str, ...]] = {
     **{f"layers/{x}/lora_b": ("layers", "rank", axis) for x, axis in OUT_OF.items()},
     "norm/scale": ("norm",),
     "head/kernel": ("embed", "vocab"),
+    "vision/patch/weight": ("embed", "tower", "tower", "tower", "tower"),
+    "vision/layers/attn_norm/scale": ("layers", "norm"),
+    "vision/layers/attn/qkv/kernel": ("layers", "embed", "tower"),
+    "vision/layers/attn/qkv/bias": ("layers", "norm"),
+    "vision/layers/attn/o/kernel": ("layers", "tower", "embed"),
+    "vision/layers/attn/o/bias": ("layers", "norm"),
+    "vision/layers/mlp_norm/scale": ("layers", "norm"),
+    **{f"vision/layers/mlp/{x}/kernel": ("layers", "embed", "tower") for x in ("gate", "up")},
+    "vision/layers/mlp/down/kernel": ("layers", "tower", "embed"),
+    **{f"vision/layers/mlp/{x}/bias": ("layers", "norm") for x in ("gate", "up", "down")},
+    "vision/merger/norm/scale": ("norm",),
+    "vision/merger/first/kernel": ("embed", "tower"),
+    "vision/merger/first/bias": ("norm",),
+    "vision/merger/second/kernel": ("tower", "embed"),
+    "vision/merger/second/bias": ("norm",),
 }
 """Path in the parameters -> logical axis of each of the weight's axes."""
 

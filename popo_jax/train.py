@@ -7,6 +7,7 @@ logged. Checkpoint k holds the parameters after update k, the buffer after store
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from popo_jax.build import Built
 from popo_jax.config import Config
 from popo_jax.data.arrange import arrange, put_back
 from popo_jax.data.assemble import assemble
+from popo_jax.data.pictures import Shown
 from popo_jax.data.selection import Mopps
 from popo_jax.replay.buffer import Buffer
 from popo_jax.replay.fill import candidates, fill, to_store
@@ -55,6 +57,8 @@ class Parts:
     stopping: Callable[[], bool]
     """Does any process wish to stop?"""
     peers: Peers = Peers()
+    shown: Shown | None = None
+    """What prompts show, if the policy sees."""
 
 
 def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
@@ -85,7 +89,8 @@ def loop(parts: Parts, state: TrainState, progress: Progress) -> tuple[TrainStat
                 metrics = {k: float(v) for k, v in fetch(out.metrics).items()}
             progress = advance(progress, rollout, metrics, c)
             replayed = store(parts, rollout, plan, out, order, progress.step)
-            times = parts.clock.take() | rollout.seconds
+            kept = {} if parts.shown is None else {"images/cache_mb": parts.shown.gallery.nbytes / 1e6}
+            times = parts.clock.take() | rollout.seconds | kept
             parts.journal.step(progress, rollout, plan, seen | replayed | metrics | scores | times, time.monotonic() - began)
             if not checked and any(rollout.slots[s].token_mask.any() for s in (plan.counted & ~plan.replaced).nonzero()[0]):
                 check_agreement(metrics, progress, c)
@@ -105,7 +110,8 @@ def fill_batch(parts: Parts, rollout: Rollout, params: Params, step: int) -> tup
         extra = c.slots - c.batch.prompts
         plan = fill(buffer, rollout.slots, version=step, preset=preset, seed=c.seed, step=step, extra=extra, divergence=scores)
         parts.peers.same("plan", {f"replay plan of step {step}": plan.digest()})
-        rows = assemble(rollout.slots, plan, buffer, T=c.row_tokens, marked_fresh=preset.marked_fresh)
+        shown = None if parts.shown is None else functools.partial(parts.shown.rows, T=c.row_tokens, rows=c.rows)
+        rows = assemble(rollout.slots, plan, buffer, T=c.row_tokens, marked_fresh=preset.marked_fresh, shown=shown)
         fields: tuple[dict[str, Any], np.ndarray] = arrange(rows, parts.built.split)
         return plan, place(Batch(**fields[0]), parts.built.mesh, batch_specs()), fields[1]
 
@@ -118,8 +124,9 @@ def score_candidates(parts: Parts, params: Params, step: int) -> dict[int, float
     if not groups:
         return {}
     rows = c.replay.candidates * c.batch.group_size
-    tokens = place(lay_out(groups, c.row_tokens, rows), parts.built.mesh, BATCH)
-    logp = fetch(parts.built.score(params, tokens))
+    seen = () if parts.shown is None else (parts.shown.rows(groups, c.row_tokens, rows),)
+    placed = place((lay_out(groups, c.row_tokens, rows), *seen), parts.built.mesh, BATCH)
+    logp = fetch(parts.built.score(params, *placed))
     return divergences(groups, logp)
 
 
@@ -135,6 +142,7 @@ def store(parts: Parts, rollout: Rollout, plan: FillPlan, out: StepOut, order: n
         "replay/unfilled": float((~plan.counted).sum()),
         "replay/size": float(len(parts.buffer)),
         "replay/refused": float(refused),
+        "replay/mb": parts.buffer.nbytes / 1e6,
         "replay/age_mean": float(ages.mean()) if len(ages) else float("nan"),
         "replay/age_max": float(ages.max()) if len(ages) else float("nan"),
     }

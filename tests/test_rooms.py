@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "popo_jax"
-FLOOR = {"types", "config", "model_config", "task_config", "plain", "rules", "eval_args"}
+FLOOR = {"types", "scenes", "config", "model_config", "task_config", "plain", "rules", "eval_args"}
 NUMERICS = {"ops", "sharding"}
 TRAINING = {"rl", "sampling", "models", *NUMERICS}
 WIRING = {"problems", "policy", "build", "data", "tasks", "runtime", "run_dir", *TRAINING}
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
+    "scenes": set(),
     "plain": set(),
     "config": set(),
     "model_config": set(),
@@ -54,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 NO_JAX = [
     "types",
+    "scenes",
     "plain",
     "config",
     "model_config",

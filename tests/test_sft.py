@@ -55,10 +55,9 @@ def test_the_teacher_closes_thinking_that_the_prompt_opens(prefix, closing):
     tasks = [{"name": "math", "math": {"train_problems": 64, "eval_problems": 16}}]
     c = tiny.config(tasks=tasks, chat__prefix=prefix, sample__max_prompt_tokens=400, warm_start__right=1.0)
     policy = sft.fresh_policy(c)
-    examples, sources = sft.Examples(c, policy), problems.load(c, policy.tokenizer).train
-    known = {p.text: p for p in map(sources[0].prompt, sources[0].problems)}
+    examples = sft.Examples(c, problems.load(c, policy.tokenizer))
     for i in range(8):
-        prompt, answer = examples[i]
-        assert prompt.endswith(prefix) and answer.startswith(closing)
+        prompt, answer = examples[i].prompt, examples[i].answer
+        assert prompt.text.endswith(prefix) and answer.startswith(closing)
         assert answer.removeprefix(closing)[0].isdigit() and "</think>" not in answer.removeprefix(closing)
-        assert mathematics.grade(known[prompt].begun + answer, **known[prompt].answer).reason == "right"
+        assert mathematics.grade(prompt.begun + answer, **prompt.answer).reason == "right"

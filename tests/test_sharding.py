@@ -179,7 +179,7 @@ batch = {"prompts": 8, "group_size": 4, "micro_batch": 8, "length_buckets": 1}
 c = {"model": model | {"head_chunk": 128, "remat": "full"}, "batch": batch}
 c = resolve(from_dict(c | {"sample": {"max_prompt_tokens": 64, "max_response_tokens": 192}}))
 b = build(c, c.model, eos_ids=(1,), mesh=mesh)
-text = b.train_step.lower(b.abstract_state, abstract_batch(b.split)).compile().as_text()
+text = b.train_step.lower(b.abstract_state, abstract_batch(b.split, b.model.c)).compile().as_text()
 counted = count(parse(text), trips=lambda _: float(b.split.micro_batches), kernel=lambda *_: None)
 print(json.dumps({"moved": [(x.kind, x.bytes, x.source) for x in counted.collectives], "host": counted.host}))
 """

@@ -90,8 +90,10 @@ def test_auto_measures_the_train_step_itself():
     """With room for half of the batch's memory the compiled step takes fewer rows at once, and needs no more than there is."""
     kw = {"sample__max_response_tokens": 232, "batch__length_buckets": 1, "model__layers": 1}
     whole = tiny.built(tiny.config(**kw, batch__micro_batch=16))
-    needed = build.device_bytes(whole.train_step.lower(whole.abstract_state, abstract_batch(whole.split)).compile())
+    needed = build.device_bytes(
+        whole.train_step.lower(whole.abstract_state, abstract_batch(whole.split, whole.model.c)).compile()
+    )
     c = tiny.config(**kw, batch__micro_batch="auto", batch__memory_gb=needed / 2 / GIB)
     b = build.build(c, whole.model.c, eos_ids=whole.eos_ids, mesh=whole.mesh, fit=True)
-    got = build.device_bytes(b.train_step.lower(b.abstract_state, abstract_batch(b.split)).compile())
+    got = build.device_bytes(b.train_step.lower(b.abstract_state, abstract_batch(b.split, b.model.c)).compile())
     assert b.split.batch.micro_batch in (1, 2, 4, 8) and got <= needed / 2

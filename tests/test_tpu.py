@@ -33,7 +33,7 @@ c = resolve(from_dict({"model": model, "batch": batch, "sample": {"max_prompt_to
 b = build(c, c.model, eos_ids=(1,), mesh=mesh)
 assert b.model.c.attention == "splash"
 assert len(b.split.lengths) == 4 and b.split.micro_batches == 2
-program = b.train_step.lower(b.abstract_state, abstract_batch(b.split)).compile()
+program = b.train_step.lower(b.abstract_state, abstract_batch(b.split, b.model.c)).compile()
 text = program.as_text()
 print("kernels", text.count("tpu_custom_call"), "scores", f"{T},{T}]" in text, program.memory_analysis())
 """

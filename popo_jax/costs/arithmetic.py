@@ -37,9 +37,23 @@ def forward(c: ModelConfig, *, rows: int, tokens: int, logits: int | None = None
     return rows * (2 * tokens * weights(c) + 2 * logits * head(c) + _attention(c, pairs))
 
 
-def train(c: ModelConfig, *, rows: int, tokens: int, mini_batches: int = 1) -> int:
-    """A train step: forward, and backward twice that. Several mini-batches need one more forward pass over all rows first."""
-    return (3 + (mini_batches > 1)) * forward(c, rows=rows, tokens=tokens)
+def seen(c: ModelConfig, *, windows: int) -> int:
+    """One pass of the vision tower over as many whole windows, which are taken for one image."""
+    v = c.vision
+    patches, cell = windows * v.window_patches, v.merge**2
+    weights = v.width * 3 * v.patch**2 + v.layers * (4 * v.width**2 + 3 * v.width * v.mlp)
+    merger = cell * v.width * (cell * v.width + c.width)
+    pairs = len(v.full_layers) * patches**2 + (v.layers - len(v.full_layers)) * patches * v.window_patches
+    return 2 * patches * weights + 2 * patches // cell * merger + 4 * pairs * v.width
+
+
+def train(c: ModelConfig, *, rows: int, tokens: int, mini_batches: int = 1, windows: int = 0) -> int:
+    """A train step: forward, and backward twice that. Several mini-batches need one more forward pass over all rows first.
+
+    windows: of each row's images.
+    """
+    row = forward(c, rows=1, tokens=tokens) + (seen(c, windows=windows) if windows else 0)
+    return (3 + (mini_batches > 1)) * rows * row
 
 
 def decode(c: ModelConfig, *, tokens: int, seen: int) -> int:

@@ -7,13 +7,14 @@ run's few lengths that holds its rows, and those with nothing to count not at al
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from popo_jax.config import Config
 
 
-def arrange(rows: Mapping[str, np.ndarray], c: Config) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def arrange(rows: Mapping[str, Any], c: Config) -> tuple[dict[str, Any], np.ndarray]:
     """(a batch's fields with `bucket` i32 [M, n] beside them, order [B]): row i of the result is row order[i] of `rows`.
 
     Rows change places within their mini-batch alone (slots s with s mod M == m), and not at all where that is one micro-batch.
@@ -30,7 +31,12 @@ def arrange(rows: Mapping[str, np.ndarray], c: Config) -> tuple[dict[str, np.nda
             order[by_micro_batch] = places[np.argsort(-needed[places], kind="stable")]
         longest = needed[order[places]].reshape(-1, n).max(axis=0)
         bucket[m] = np.where(longest > 0, np.searchsorted(c.lengths, longest), -1)
-    return {k: v[order] for k, v in rows.items()} | {"bucket": bucket}, order
+    return {k: _ordered(v, order) for k, v in rows.items()} | {"bucket": bucket}, order
+
+
+def _ordered(rows: Any, order: np.ndarray) -> Any:
+    """An array, or a tuple of them such as `Images`."""
+    return type(rows)(*(x[order] for x in rows)) if isinstance(rows, tuple) else rows[order]
 
 
 def put_back(values: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
+from popo_jax.scenes import Images
 from popo_jax.types import FillPlan, Group, UserError
 
 
@@ -47,9 +48,18 @@ class FilledSlots:
         return Slot(group, bool(self.plan.counted[s]), replayed)
 
 
-def assemble(groups: Sequence[Group], plan: FillPlan, stored: Stored, *, T: int, marked_fresh: bool) -> dict[str, np.ndarray]:
+def assemble(
+    groups: Sequence[Group],
+    plan: FillPlan,
+    stored: Stored,
+    *,
+    T: int,
+    marked_fresh: bool,
+    shown: Callable[[Sequence[Group]], Images] | None = None,
+) -> dict[str, Any]:
     """The fields of a Batch: tokens i32, sampled_mask, token_mask bool, logp_behav, logp_sampler f32 [P*G, T]; adv f32,
-    fresh bool, version i32 [P*G]; logp_ref f32 [P*G, T] if this step's own groups carry it.
+    fresh bool, version i32 [P*G]; logp_ref f32 [P*G, T] if this step's own groups carry it; images [P*G, ..] if `shown` says what
+    the rows of some groups see.
 
     Row s * G + g is response g of slot s: prompt, response, padding 0, from column 0. `logp_behav` is 0 on fresh rows;
     a slot that is not counted has token_mask False. `marked_fresh` makes replayed rows pass for fresh ones (popo-pi-old).
@@ -58,8 +68,9 @@ def assemble(groups: Sequence[Group], plan: FillPlan, stored: Stored, *, T: int,
     """
     with_ref = groups[0].logp_ref is not None
 
-    def lay_out(slots: Sequence[Slot]) -> dict[str, np.ndarray]:
-        return _lay_out(slots, T=T, marked_fresh=marked_fresh, with_ref=with_ref)
+    def lay_out(slots: Sequence[Slot]) -> dict[str, Any]:
+        rows: dict[str, Any] = _lay_out(slots, T=T, marked_fresh=marked_fresh, with_ref=with_ref)
+        return rows if shown is None else rows | {"images": shown([slot.group for slot in slots])}
 
     return grain.MapDataset.source(FilledSlots(groups, plan, stored)).batch(len(plan.source), batch_fn=lay_out)[0]
 

@@ -22,10 +22,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from popo_jax.config import ChatConfig
 from popo_jax.data.tokenizer import Tokenizer
+from popo_jax.model_config import VisionConfig
 from popo_jax.types import UserError
 
 MARK = "\ue0a7"
 """A private character that finds its place in what was rendered."""
+PICTURE = "<image>"
+"""In a problem's text, where one of its images stands."""
 READ = {"thinking": "enable_thinking", "date": "strftime_now"}
 """Settings that a template may read, by the names it has for them."""
 
@@ -36,16 +39,26 @@ class Chat:
     tokenizer: Tokenizer
     template: jinja2.Template | None
     """None: prompts are the problems as they are."""
+    vision: VisionConfig | None = None
+    """Of a policy that sees."""
 
-    def render(self, problem: str) -> str:
-        """What the policy reads. Errors: UserError if the template raises."""
-        return (problem if self.template is None else self.fill(problem, self.c.system)) + self.c.prefix
+    def render(self, problem: str, *, images: bool = False) -> str:
+        """What the policy reads; images: PICTURE is where one stands. Errors: UserError if the template raises."""
+        if self.template is not None:
+            return self.fill(problem, self.c.system, images=images) + self.c.prefix
+        return (problem.replace(PICTURE, self._picture()) if images else problem) + self.c.prefix
 
-    def begun(self, problem: str) -> str:
+    def _picture(self) -> str:
+        """The text of an image's tokens, one for all of its cells."""
+        assert self.vision is not None
+        ids = [i for i in (self.vision.start_token, self.vision.image_token, self.vision.end_token) if i is not None]
+        return "".join(self.tokenizer.core.id_to_token(i) or "" for i in ids)
+
+    def begun(self, problem: str, *, images: bool = False) -> str:
         """What of the response stands in `render(problem)`: thinking that the template opened below the problem, the prefix."""
         if self.template is None:
             return self.c.prefix
-        _, mark, below = self.fill(problem + MARK, self.c.system).rpartition(MARK)
+        _, mark, below = self.fill(problem + MARK, self.c.system, images=images).rpartition(MARK)
         at = below.rfind("<think>") if mark else -1
         return (below[at:] if at > below.rfind("</think>") else "") + self.c.prefix
 
@@ -56,10 +69,10 @@ class Chat:
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self.tokenizer.encode_all(texts, special=self.template is None)
 
-    def fill(self, problem: str, system: str | None) -> str:
+    def fill(self, problem: str, system: str | None, *, images: bool = False) -> str:
         """The template around these messages, up to where the response begins."""
         assert self.template is not None
-        messages = [{"role": "user", "content": problem}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": _content(problem) if images else problem}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         values: dict[str, Any] = {**self.tokenizer.named, "tools": None, "documents": None, "add_generation_prompt": True}
@@ -75,7 +88,16 @@ class Chat:
             ) from e
 
 
-def open_chat(c: ChatConfig, tokenizer: Tokenizer) -> Chat:
+def _content(problem: str) -> list[dict[str, str]]:
+    """As templates of policies that see take it: pieces of text, and an image for each mark between them."""
+    out: list[dict[str, str]] = []
+    for i, text in enumerate(problem.split(PICTURE)):
+        out += [{"type": "image"}] if i else []
+        out += [{"type": "text", "text": text}] if text else []
+    return out
+
+
+def open_chat(c: ChatConfig, tokenizer: Tokenizer, vision: VisionConfig | None = None) -> Chat:
     """Errors: UserError for a template that is wanted and missing, or broken, and for a setting that it does not read."""
     wanted, where = tokenizer.template if c.template is not False else None, tokenizer.where
     if wanted is None:
@@ -84,12 +106,12 @@ def open_chat(c: ChatConfig, tokenizer: Tokenizer) -> Chat:
         given = [k for k in ("system", *READ) if getattr(c, k) is not None] if c.template is None else []
         if given:
             raise UserError(f"chat.{given[0]} goes with a chat template, {where} has none; got {getattr(c, given[0])!r}")
-        return Chat(c, tokenizer, None)
+        return Chat(c, tokenizer, None, vision)
     reads = _reads(tokenizer)
     for key, name in READ.items():
         if getattr(c, key) is not None and name not in reads:
             raise UserError(f"chat.{key} must be null: the chat template of {where} has no {name}, got {getattr(c, key)!r}")
-    chat = Chat(c, tokenizer, _environment(c.date).from_string(wanted))
+    chat = Chat(c, tokenizer, _environment(c.date).from_string(wanted), vision)
     if MARK not in chat.fill(MARK, c.system):
         raise UserError(
             f"the chat template of {where} must write the user's message as it is, got {chat.fill('?', c.system)!r} for '?'"

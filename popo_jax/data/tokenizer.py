@@ -19,6 +19,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from popo_jax.types import UserError
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+VISION = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+"""What stands around an image, for a cell of it, and for one of a video; Qwen's names, which transformers' processor looks up."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that a chat template may call by name."""
 TEMPLATE_FILE = "chat_template.jinja"
@@ -75,17 +77,18 @@ class Tokenizer:
             (folder / TEMPLATE_FILE).write_text(self.template)
 
 
-def characters() -> Tokenizer:
-    """One token per printable ASCII character and newline; every other byte is <unk>.
+def characters(*, sees: bool = False) -> Tokenizer:
+    """One token per printable ASCII character and newline; every other byte is <unk>. sees: and the tokens of images, VISION.
 
     Byte-level BPE without merges, because transformers gives any tokenizer beside a Qwen2 model that class.
     """
     letters = {"\n": "\u010a", " ": "\u0120"}  # byte-level spelling of what is not visible
     tokens = [PAD, EOS, UNK, *(letters.get(ch, ch) for ch in ["\n", *map(chr, range(32, 127))])]
+    tokens += VISION if sees else ()
     core = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([PAD, EOS, UNK])
+    core.add_special_tokens([PAD, EOS, UNK, *(VISION if sees else ())])
     return Tokenizer(core, (tokens.index(EOS),), tokens.index(PAD))
 
 

@@ -2,6 +2,7 @@
 
 Parameters are one nested dict, blocks stacked on axis 0:
     embed/embedding   layers/{attn_norm, attn/{q,k,v,o,q_norm,k_norm}, mlp_norm, mlp/{gate,up,down}}   norm/scale   head/kernel
+and those of a vision tower, if the policy has one, under vision/ (vision.py).
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from popo_jax.model_config import ModelConfig
-from popo_jax.models import lora
+from popo_jax.models import lora, vision
 from popo_jax.models.attention import Attend, Attention, attention
 from popo_jax.models.flash import causal, resolve_attention
 from popo_jax.models.kv_cache import Cache, allocate, visible, write
 from popo_jax.models.linear import Linear, precision, resolve_linear
+from popo_jax.models.mlp import Mlp
 from popo_jax.models.norm import RMSNorm
 from popo_jax.models.placed import brought, by_rows
-from popo_jax.models.rope import Rope, rope
+from popo_jax.models.rope import Rope, multimodal_rope, rope
 from popo_jax.ops.hidden_logprobs import auto_chunk, hidden_logprobs
 from popo_jax.ops.logprobs import logprobs_and_entropy
+from popo_jax.scenes import Images
 
 Params = dict[str, Any]
 DecodeParams = dict[str, Any]
@@ -43,22 +46,6 @@ times on CPU, and a model of up to so many blocks copies none."""
 def resolved(c: ModelConfig, platform: str) -> ModelConfig:
     """`c` with what is `auto` decided for a platform ("cpu", "gpu", "tpu"). Errors: UserError if a choice cannot work there."""
     return resolve_attention(resolve_linear(c, platform), platform)
-
-
-class Mlp(nn.Module):
-    """silu(x gate) * (x up), down (SwiGLU, arXiv:2002.05202)."""
-
-    c: ModelConfig
-    fused: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        c = self.c
-        if self.fused:
-            gate, up = jnp.split(Linear(c, 2 * c.mlp, c.mlp_bias, name="gate_up")(x), 2, axis=-1)
-        else:
-            gate, up = Linear(c, c.mlp, c.mlp_bias, name="gate")(x), Linear(c, c.mlp, c.mlp_bias, name="up")(x)
-        return Linear(c, c.width, c.mlp_bias, name="down")(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -116,20 +103,21 @@ class Decoder:
             "layers": jax.vmap(block)(jax.random.split(blocks, c.layers)),
             "norm": RMSNorm(c).init(head, x)["params"],
         }
+        params |= {"vision": vision.init(jax.random.fold_in(key, 1), c)} if c.sees else {}
         return params if c.tie_embeddings else params | {"head": Linear(c, c.vocab_size).init(head, x)["params"]}  # type: ignore[arg-type]
 
-    def logits(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def logits(self, params: Params, tokens: Int[Array, "B T"], images: Images | None = None) -> Float[Array, "B T V"]:
         """Float32 logits of the next token at every position. Causal; rows start at position 0 and are padded on the right."""
-        return self.head(params, self.hidden(params, tokens))
+        return self.head(params, self.hidden(params, tokens, images))
 
     def logprobs(
-        self, params: Params, tokens: Int[Array, "B T"], *, temperature: float
+        self, params: Params, tokens: Int[Array, "B T"], *, temperature: float, images: Images | None = None
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         """(log-prob of token t, entropy of the distribution it was drawn from), nats, float32; both 0 at t = 0.
 
         All logits at once where they are few, else a chunk of positions at a time (`model.head_chunk`).
         """
-        hidden, shards = self.hidden(params, tokens), math.gcd(self.row_shards, tokens.shape[0])
+        hidden, shards = self.hidden(params, tokens, images), math.gcd(self.row_shards, tokens.shape[0])
         assert self.c.vocab_size is not None
         chunk = self.c.head_chunk or auto_chunk(tokens.shape[0] // shards, tokens.shape[1], self.c.vocab_size)
         name = "embed" if self.c.tie_embeddings else "head"
@@ -140,16 +128,16 @@ class Decoder:
         how = {"temperature": temperature, "chunk": chunk, "vocab_axis": axis, "row_shards": shards}
         return hidden_logprobs(hidden, weight, tokens, **how)  # type: ignore[arg-type]
 
-    def hidden(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The last block's output, final norm applied: what `head` reads."""
-        angles, attend = rope(jnp.arange(tokens.shape[1]), self.c), _causal(self.c, self.mesh)
+    def hidden(self, params: Params, tokens: Int[Array, "B T"], images: Images | None = None) -> Float[Array, "B T D"]:
+        """The last block's output, final norm applied: what `head` reads. images: what the rows see; None: text alone."""
+        angles, attend = self._angles(jnp.arange(tokens.shape[1]), images), _causal(self.c, self.mesh)
 
         def block(x: Array, weights: Params) -> tuple[Array, None]:
             weights = brought(weights, self.c.dtype, self.mesh, below="layers")
             return by_rows(_apply(Block(self.c), weights, x, angles, attend)[0], self.mesh), None
 
         embed = brought({"embed": params["embed"]}, self.c.dtype, self.mesh)["embed"]
-        x = by_rows(_apply(Embed(self.c), embed, tokens), self.mesh)
+        x = by_rows(self._embedded(embed, params, tokens, images, local=False), self.mesh)
         unroll = min(UNROLL, self.c.layers) if self.c.remat == "none" else 1
         x, _ = jax.lax.scan(_remat(block, self.c.remat), x, params["layers"], unroll=unroll)
         return by_rows(self._norm(params, x), self.mesh)
@@ -166,9 +154,17 @@ class Decoder:
         return cast | {"layers": [fuse(block) for block in blocks]}
 
     def prefill(
-        self, decode_params: DecodeParams, tokens: Int[Array, "B S"], start: Int[Array, " B"], capacity: int
+        self,
+        decode_params: DecodeParams,
+        tokens: Int[Array, "B S"],
+        start: Int[Array, " B"],
+        capacity: int,
+        images: Images | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Logits of the last slot, and a cache of `capacity` slots. Row b occupies slots start[b] .. S - 1."""
+        """Logits of the last slot, and a cache of `capacity` slots. Row b occupies slots start[b] .. S - 1.
+
+        images: what the rows see; `position` [B, S, 3] by slots.
+        """
         S = tokens.shape[1]
         slots = jnp.arange(S)
         mask_BTS = visible(start, slots, S, self.c.window)
@@ -176,29 +172,53 @@ class Decoder:
         def attend(i: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             return attention(q, k, v, mask_BTS), allocate(k, v, capacity)
 
-        return self._unrolled(decode_params, tokens, slots - start[:, None], attend)
+        angles = self._angles(slots - start[:, None], images)
+        return self._unrolled(
+            decode_params, self._embedded(decode_params["embed"], decode_params, tokens, images), angles, attend
+        )
 
     def decode(
-        self, decode_params: DecodeParams, cache: Cache, token: Int[Array, " B"], slot: Int[Array, ""], start: Int[Array, " B"]
+        self,
+        decode_params: DecodeParams,
+        cache: Cache,
+        token: Int[Array, " B"],
+        slot: Int[Array, ""],
+        start: Int[Array, " B"],
+        shift: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Logits after one more token per row, all rows at the same slot; row b's position is slot - start[b]."""
+        """Logits after one more token per row, all rows at the same slot; row b's position is slot - start[b] + shift[b]."""
         mask_BTS = visible(start, slot[None], cache[0][1].shape[2], self.c.window)
 
         def attend(i: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             layer = write(cache[i], k, v, slot)
             return attention(q, *layer, mask_BTS, keys="BKHS"), layer
 
-        return self._unrolled(decode_params, token[:, None], (slot - start)[:, None], attend)
+        position = slot - start if shift is None else slot - start + shift
+        x = _apply(Embed(self.c), decode_params["embed"], token[:, None])
+        return self._unrolled(decode_params, x, rope(position[:, None], self.c), attend)
 
     def _unrolled(
-        self, weights: DecodeParams, tokens: Array, position: Array, attend: Callable[..., tuple[Array, Any]]
+        self, weights: DecodeParams, x: Array, angles: Rope, attend: Callable[..., tuple[Array, Any]]
     ) -> tuple[Array, Cache]:
-        x, cache = _apply(Embed(self.c), weights["embed"], tokens), []
-        angles = jax.lax.optimization_barrier(rope(position, self.c))  # or XLA computes them again for every head and layer
+        cache: list[Any] = []
+        angles = jax.lax.optimization_barrier(angles)  # or XLA computes them again for every head and layer
         for i, block in enumerate(weights["layers"]):
             x, layer = _apply(Block(lora.without(self.c), fused=True), block, x, angles, partial(attend, i))
             cache.append(layer)
         return self.head(weights, self._norm(weights, x[:, -1])), tuple(cache)
+
+    def _angles(self, position: Array, images: Images | None) -> Rope:
+        return rope(position, self.c) if images is None else multimodal_rope(images.position, self.c)
+
+    def _embedded(self, embed: Params, params: Params, tokens: Array, images: Images | None, *, local: bool = True) -> Array:
+        """Embeddings [B, T, D], features in place of image tokens. local: in a program of one shard of the rows."""
+        x = _apply(Embed(self.c), embed, tokens)
+        if images is None:
+            return x
+        assert self.c.vision.image_token is not None
+        wrap = partial(_remat, remat=self.c.remat)
+        found = vision.features(params["vision"], images, self.c, self.mesh, wrap=wrap, local=local)
+        return vision.spliced(x, tokens, found, images.order, self.c.vision.image_token)
 
     def _norm(self, params: Params | DecodeParams, x: Array) -> Array:
         return _apply(RMSNorm(self.c), params["norm"], x)

@@ -36,6 +36,23 @@ QK_NORM = {
 }
 MLP_BIAS = {f"layers/mlp/{x}/bias": f"model.layers.{{}}.mlp.{x}_proj.bias" for x in ("gate", "up", "down")}
 
+VISION_NAMES = {
+    "vision/patch/weight": "visual.patch_embed.proj.weight",
+    "vision/layers/attn_norm/scale": "visual.blocks.{}.norm1.weight",
+    "vision/layers/attn/qkv/kernel": "visual.blocks.{}.attn.qkv.weight",
+    "vision/layers/attn/qkv/bias": "visual.blocks.{}.attn.qkv.bias",
+    "vision/layers/attn/o/kernel": "visual.blocks.{}.attn.proj.weight",
+    "vision/layers/attn/o/bias": "visual.blocks.{}.attn.proj.bias",
+    "vision/layers/mlp_norm/scale": "visual.blocks.{}.norm2.weight",
+    **{f"vision/layers/mlp/{x}/kernel": f"visual.blocks.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+    **{f"vision/layers/mlp/{x}/bias": f"visual.blocks.{{}}.mlp.{x}_proj.bias" for x in ("gate", "up", "down")},
+    "vision/merger/norm/scale": "visual.merger.ln_q.weight",
+    "vision/merger/first/kernel": "visual.merger.mlp.0.weight",
+    "vision/merger/first/bias": "visual.merger.mlp.0.bias",
+    "vision/merger/second/kernel": "visual.merger.mlp.2.weight",
+    "vision/merger/second/bias": "visual.merger.mlp.2.bias",
+}
+
 SETTINGS: dict[str, str] = {
     "vocab_size": "vocab_size",
     "layers": "num_hidden_layers",
@@ -75,6 +92,8 @@ class Family:
     """Fields of ModelConfig that config.json does not speak of."""
     written: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of a config.json made here."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of names that some checkpoints have -> those of `names`."""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -104,6 +123,15 @@ FAMILIES: Mapping[str, Family] = {
         SETTINGS | {"window": "sliding_window"},
         DEFAULTS | {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
         implied={"attention_bias": False},
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VLForConditionalGeneration",
+        {**NAMES, **VISION_NAMES},
+        SETTINGS,
+        DEFAULTS | {"num_key_value_heads": 8, "rope_theta": 1000000.0, "rms_norm_eps": 1e-5},
+        implied={"attention_bias": True},
+        written={"use_sliding_window": False},
+        renamed={"model.language_model.": "model.", "model.visual.": "visual."},
     ),
 }
 """model_type -> family."""

@@ -69,15 +69,15 @@ def causal(c: ModelConfig, mesh: Mesh | None) -> Kernel:
     return kernel if mesh is None or mesh.size == 1 or c.attention == "xla" else partial(_spread, kernel, mesh)
 
 
-def within(c: ModelConfig, mesh: Mesh | None) -> Kernel:
+def within(c: ModelConfig, mesh: Mesh | None, *, local: bool = False) -> Kernel:
     """softmax(q k' / sqrt(H)) v over all keys of the query's own segment, before it and after it. Padding is a segment, too.
 
-    Splash where `c.attention` says so, else xla: jax's call of cuDNN takes no segments.
+    Splash where `c.attention` says so, else xla: jax's call of cuDNN takes no segments. local: within a program of one shard.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     splash = c.attention == "splash"
     kernel = partial(_splash if splash else _xla, causal=False, window=None, platform=platform)
-    return kernel if mesh is None or mesh.size == 1 or not splash else partial(_spread, kernel, mesh)
+    return kernel if mesh is None or mesh.size == 1 or local or not splash else partial(_spread, kernel, mesh)
 
 
 def _xla(

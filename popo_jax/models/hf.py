@@ -51,6 +51,7 @@ def load(folder: epath.PathLike, c: ModelConfig, shardings: Params | None = None
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
     where = _flat(shardings)
     with tensors(folder) as stored:
+        stored = {_name(name, c): tensor for name, tensor in stored.items()}
         entries: dict[str, list[Entry]] = {}
         for e in _entries(c):
             entries.setdefault(e.path, []).append(e)
@@ -78,7 +79,7 @@ def _shard(
     parts: Sequence[Stored], path: str, x: jax.ShapeDtypeStruct, index: tuple[slice, ...], device: jax.Device
 ) -> jax.Array:
     """The part of a weight at `index`; stacked blocks are written into their place one by one."""
-    stacked = path.startswith("layers/")
+    stacked = _stacked(path)
     rest = index[1:] if stacked else index
     shape = tuple(len(range(*s.indices(n))) for s, n in zip(rest, x.shape[stacked:], strict=True))
 
@@ -161,6 +162,15 @@ def _transposed(path: str) -> bool:
     return path.endswith("/kernel")
 
 
+def _stacked(path: str) -> bool:
+    return "layers/" in path
+
+
+def _name(name: str, c: ModelConfig) -> str:
+    """Of a checkpoint's tensor, as the family's table has it."""
+    return next((new + name.removeprefix(old) for old, new in FAMILIES[c.family].renamed.items() if name.startswith(old)), name)
+
+
 def _entries(c: ModelConfig) -> Iterator[Entry]:
     """Every tensor of a checkpoint of shape `c`, layer by layer."""
     flat, names = {path: x.shape for path, x in _flat(_abstract(c)).items()}, FAMILIES[c.family].names
@@ -169,10 +179,14 @@ def _entries(c: ModelConfig) -> Iterator[Entry]:
         shape = flat[path] if layer is None else flat[path][1:]
         return Entry(names[path].format(layer), path, layer, shape[::-1] if _transposed(path) else shape)
 
+    def layers(stack: str, n: int) -> Iterator[Entry]:
+        return (entry(path, layer) for layer in range(n) for path in names if path in flat and path.startswith(stack))
+
     yield entry("embed/embedding", None)
-    for layer in range(c.layers):
-        yield from (entry(path, layer) for path in names if path in flat and path.startswith("layers/"))
+    yield from layers("layers/", c.layers)
     yield from (entry(path, None) for path in ("norm/scale", "head/kernel") if path in flat)
+    yield from layers("vision/layers/", c.vision.layers)
+    yield from (entry(path, None) for path in names if path in flat and path.startswith("vision/") and not _stacked(path))
 
 
 def _shards(entries: Sequence[Entry], itemsize: int, limit: float) -> list[list[Entry]]:

@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from popo_jax.model_config import ModelConfig, RopeScaling
+from popo_jax.models import vision_config
 from popo_jax.models.families import FAMILIES, ROPE
 from popo_jax.types import UserError
 
@@ -27,6 +28,7 @@ def read_config(folder: epath.PathLike) -> ModelConfig:
     family = FAMILIES.get(str(data.get("model_type")))
     if family is None:
         raise UserError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {data.get('model_type')!r}")
+    data |= {k: v for k, v in (data.get("text_config") or {}).items() if k not in ("model_type", "tie_word_embeddings")}
     rope = _rope_of(data, path)
     found = {**family.defaults, **data, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
     _refuse_variants(found, path)
@@ -36,12 +38,21 @@ def read_config(folder: epath.PathLike) -> ModelConfig:
     fields = {ours: _setting(ModelConfig, ours, found.get(key), key, path) for ours, key in family.settings.items()}
     scaling = _scaling(rope, fields["max_positions"], path)
     c = ModelConfig(**{"family": data["model_type"], "rope_scaling": scaling, **family.implied, **fields})
+    c = _with_vision(c, data, path) if c.sees else c
     if c.heads % c.kv_heads or c.head_dim % 2:
         raise UserError(
             f"{path}: num_attention_heads must be a multiple of num_key_value_heads and head_dim even, "
             f"got {c.heads}, {c.kv_heads} and {c.head_dim}"
         )
     return c
+
+
+def _with_vision(c: ModelConfig, data: Mapping[str, Any], path: epath.Path) -> ModelConfig:
+    beside = path.parent / vision_config.PROCESSOR
+    v = vision_config.read(data, read_json(beside) if beside.exists() else None, path)
+    if sum(v.mrope) != c.head_dim // 2:
+        raise UserError(f"{path}: mrope_section must add up to half of head_dim ({c.head_dim // 2}), got {list(v.mrope)}")
+    return dataclasses.replace(c, vision=v)
 
 
 def save_config(
@@ -64,7 +75,18 @@ def save_config(
     if c.rope_scaling.kind != "none":
         named = {"rope_type": c.rope_scaling.kind} | {k: v for k, v in scaling.items() if v is not None}
         settings["rope_scaling"] = named
-    write_json(folder / "config.json", {**fixed, **family.written, **settings, **ids})
+    settings |= family.written
+    if c.sees:  # as transformers 5 nests them
+        text = {
+            **settings,
+            "model_type": "qwen2_5_vl_text",
+            **ids,
+            "rope_scaling": {"type": "mrope", "mrope_section": list(c.vision.mrope)},
+        }
+        tied = {"tie_word_embeddings": c.tie_embeddings}
+        settings = {"text_config": text, "vision_config": vision_config.config_of(c), **vision_config.tokens_of(c), **tied}
+        write_json(folder / vision_config.PROCESSOR, vision_config.processor_of(c))
+    write_json(folder / "config.json", {**fixed, **settings, **ids})
     write_json(folder / "generation_config.json", {"do_sample": False} | ids)
 
 
@@ -119,7 +141,7 @@ def _rope_of(data: Mapping[str, Any], path: epath.Path) -> dict[str, Any]:
 def _scaling(rope: Mapping[str, Any], max_positions: int, path: epath.Path) -> RopeScaling:
     """Defaults are transformers' own: the original length is the present one, yarn's factor their ratio."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    kind = "none" if kind == "default" else kind
+    kind = "none" if kind in ("default", "mrope") else kind  # whose three positions are the family's
     if kind not in ROPE:
         raise UserError(f"{path}: rope_scaling's rope_type must be one of default, linear, llama3, yarn, got {kind!r}")
     original = {"original_max_position_embeddings": max_positions}

@@ -30,14 +30,18 @@ def by_rows(x: Float[Array, "B ..."], mesh: Mesh | None) -> Float[Array, "B ..."
 def brought(params: Any, dtype: Any, mesh: Mesh | None, *, below: str = "") -> Any:
     """Weights as a computation in `dtype` uses them: matrices cast, then gathered over `fsdp`, their gradients split over it.
 
-    params: a tree of parameters, or one block of the stacked ones with `below` "layers".
+    params: a tree of parameters, or one block of the stacked ones with `below` where they lie ("layers").
     """
     if mesh is None or mesh.size == 1:
         return params
-    tree, sizes = {below: params} if below else params, dict(mesh.shape)
+    tree, sizes, names = params, dict(mesh.shape), below.split("/") if below else []
+    for name in reversed(names):
+        tree = {name: tree}
     whole, split = (_specs(tree, sizes, rules, stacked=not below) for rules in (STAY_SPLIT, RULES))
     placed = jax.tree.map(lambda x, w, s: _brought(x, dtype, NamedSharding(mesh, w), NamedSharding(mesh, s)), tree, whole, split)
-    return placed[below] if below else placed
+    for name in names:
+        placed = placed[name]
+    return placed
 
 
 def _specs(tree: Any, sizes: dict[str, int], rules: Any, *, stacked: bool) -> Any:

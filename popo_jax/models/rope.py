@@ -22,6 +22,15 @@ def rope(position: Int[Array, "*B T"], c: ModelConfig) -> Rope:
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
+def multimodal_rope(position_BT3: Int[Array, "*B T 3"], c: ModelConfig) -> Rope:
+    """Each frequency turns with one of a token's three positions, time, row and column, as `vision.mrope` divides them
+    (Qwen2-VL, arXiv:2409.12191). Where the three are the same it is `rope`."""
+    of = np.repeat(np.arange(3), c.vision.mrope)
+    angle = position_BT3[..., of].astype(jnp.float32) * frequencies(c)
+    factor = attention_factor(c.rope_scaling)
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
 def frequencies(c: ModelConfig) -> np.ndarray:
     """theta^(-2i/H) for i < H/2, stretched as `c.rope_scaling` says; float32 [H/2]."""
     plain = 1.0 / c.rope_theta ** (np.arange(0, c.head_dim, 2) / c.head_dim)

@@ -51,7 +51,7 @@ class Programs:
             self._say(f"  compiling the train step, {built.split.batch.micro_batch} rows at once")
             reference = build.shard_bytes(built.abstract_state.params) if c.loss.kl_coef else 0.0
             try:
-                done = built.train_step.lower(built.abstract_state, abstract_batch(built.split)).compile()  # type: ignore[attr-defined]
+                done = built.train_step.lower(built.abstract_state, abstract_batch(built.split, built.model.c)).compile()  # type: ignore[attr-defined]
                 counted = _counted(done, loops=float(built.split.micro_batches))
                 self._trained[key] = Program(_memory(done, resident=reference), counted)
             except jax.errors.JaxRuntimeError as e:

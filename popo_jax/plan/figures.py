@@ -102,12 +102,20 @@ class Plan:
     def model_flops(self) -> int:
         """Of a step, all chips together: 6ND and attention, and another 2ND for the log-probs at the start where several
         mini-batches follow. With LoRA, whose frozen weights need no gradient of their own, it is more than is computed."""
-        return arithmetic.train(self.model, rows=self.c.rows, tokens=self.c.row_tokens, mini_batches=self.c.batch.mini_batches)
+        c = self.c
+        how = {"mini_batches": c.batch.mini_batches, "windows": self.windows}
+        return arithmetic.train(self.model, rows=c.rows, tokens=c.row_tokens, **how)
+
+    @property
+    def windows(self) -> int:
+        """Of the vision tower that each row's images fill at most."""
+        return (self.c.images.max_windows or 0) if self.model.sees else 0
 
     @property
     def model_flops_with_remat(self) -> int:
         """8ND: with all activations computed again in the backward pass, if the config has it so."""
         again = arithmetic.forward(self.model, rows=self.c.rows, tokens=self.c.row_tokens)
+        again += self.c.rows * arithmetic.seen(self.model, windows=self.windows) if self.windows else 0
         return self.model_flops + (again if self.c.model.remat == "full" else 0)
 
 

@@ -49,6 +49,11 @@ class Buffer:
     def __getitem__(self, id: int) -> Group:
         return self._groups[id]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the groups' arrays: what a buffer of fixed capacity is bounded by. Images are not in it, only prompt ids."""
+        return sum(x.nbytes for g in self for x in vars(g).values() if isinstance(x, np.ndarray))
+
     def uses(self, id: int) -> int:
         """How often the group was replayed."""
         return self._uses[id]

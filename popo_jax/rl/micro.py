@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from popo_jax.config import Config
+from popo_jax.scenes import Images
 
 
 def over_micro_batches(
@@ -51,7 +52,14 @@ def over_micro_batches(
 
 
 def _cut(micro: Any, t: int) -> Any:
-    return jax.tree.map(lambda x: x[:, :t] if x.ndim == 2 else x, micro)
+    """Per-token arrays up to t tokens; of images only the positions are such."""
+
+    def cut(x: Any) -> Any:
+        if isinstance(x, Images):
+            return x._replace(position=x.position[:, :t])
+        return x[:, :t] if x.ndim == 2 else x
+
+    return jax.tree.map(cut, micro, is_leaf=lambda x: isinstance(x, Images))
 
 
 def _padded(result: tuple[Any, Array], T: int) -> tuple[Any, Array]:

@@ -13,6 +13,7 @@ from popo_jax.config import Config
 from popo_jax.ops.advantages import group_advantages
 from popo_jax.rl.state import Purpose, key_for
 from popo_jax.sampling.sampler import SampleFn
+from popo_jax.scenes import Scene
 from popo_jax.types import EPSILON, Group, Prompt, Responses, Signal, UserError, Verdict
 
 MAX_VERIFIER_ERRORS = 0.01
@@ -52,6 +53,8 @@ class Collector:
     """(candidates, n, *, step, round_) -> indices of the n prompts to take, ascending; None: the stream's next ones."""
     timer: Callable[[], Any]
     """A new clock: `with clock(section):`, `clock.take()`. One a step, since steps overlap in time."""
+    scenes: Callable[[Sequence[Prompt]], list[Scene]] | None = None
+    """What prompts show, for a policy that sees."""
 
     def __call__(self, params: Any, step: int, position: int) -> Rollout:
         """Groups of train step `step` (updates applied so far), from data position `position` on."""
@@ -83,7 +86,8 @@ class Collector:
         """A group's id is its prompt's position in the stream: unique in a run, whatever is changed on resume."""
         key = key_for(self.c.seed, Purpose.SAMPLE, step, round_)
         with clock("sample"):
-            responses = self.sample(params, [p.tokens for p in prompts], key, version=step)
+            seen: dict[str, Any] = {} if self.scenes is None else {"scenes": self.scenes(prompts)}
+            responses = self.sample(params, [p.tokens for p in prompts], key, version=step, **seen)
         with clock("grade"):
             groups = grade_groups(prompts, responses, self.grade, self.decode, c=self.c, ids=ids)
         return self.reference(groups) if self.reference else groups
@@ -203,11 +207,18 @@ def _mean(x: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else float("nan")
 
 
-def reference_scorer(score: Callable[[Any], jax.Array], T: int, rows: int) -> Callable[[list[Group]], list[Group]]:
-    """Adds `logp_ref` to groups: lays their rows out [rows, T], calls `score`, cuts the result back."""
+def reference_scorer(
+    score: Callable[..., jax.Array],
+    T: int,
+    rows: int,
+    shown: Callable[[Sequence[Group], int, int], Any] | None = None,
+) -> Callable[[list[Group]], list[Group]]:
+    """Adds `logp_ref` to groups: lays their rows out [rows, T], calls `score`, cuts the result back. shown: (groups, T, rows) ->
+    what the rows see, which `score` takes as well."""
 
     def add(groups: list[Group]) -> list[Group]:
-        logp = np.asarray(score(lay_out(groups, T, rows)), np.float32)
+        seen = () if shown is None else (shown(groups, T, rows),)
+        logp = np.asarray(score(lay_out(groups, T, rows), *seen), np.float32)
         G = len(groups[0].lengths)
         return [replace(g, logp_ref=cut(logp[i * G : (i + 1) * G], g) * g.sampled_mask) for i, g in enumerate(groups)]
 

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from popo_jax import scenes
 from popo_jax.config import Config
+from popo_jax.model_config import ModelConfig
+from popo_jax.scenes import Images, Sizes
 from popo_jax.sharding import BATCH
 
 Params = Any
@@ -37,6 +40,8 @@ class Batch(NamedTuple):
     logp_ref: Float[Array, "B T"] | None = None
     bucket: Int[Array, "M n"] | None = None
     """Which of `Config.lengths` each micro-batch is computed up to, -1: not at all (data/arrange.py). None: all of it."""
+    images: Images | None = None
+    """What each row sees, for a policy that does."""
 
 
 def batch_specs() -> Any:
@@ -44,7 +49,7 @@ def batch_specs() -> Any:
     return Batch(**dict.fromkeys(Batch._fields, BATCH) | {"bucket": PartitionSpec()})  # type: ignore[arg-type]
 
 
-def abstract_batch(c: Config) -> Batch:
+def abstract_batch(c: Config, model: ModelConfig) -> Batch:
     """Shapes and dtypes of a run's batches, to compile for without making one."""
     f32, i32, flag = jnp.float32, jnp.int32, jnp.bool_
     kinds: dict[str, Any] = {"tokens": i32, "sampled_mask": flag, "token_mask": flag, "logp_behav": f32, "logp_sampler": f32}
@@ -54,7 +59,17 @@ def abstract_batch(c: Config) -> Batch:
         k: jax.ShapeDtypeStruct((c.rows,), v) for k, v in {"adv": f32, "fresh": flag, "version": i32}.items()
     }
     bucket: Any = jax.ShapeDtypeStruct((c.batch.mini_batches, c.micro_batches), i32)
-    return Batch(**per_token, **per_row, bucket=bucket)
+    images, sizes = None, sizes_of(c, model)
+    if sizes is not None:
+        images = Images(*(jax.ShapeDtypeStruct(*f) for f in scenes.abstract(c.rows, sizes, c.row_tokens, model.vision)))
+    return Batch(**per_token, **per_row, bucket=bucket, images=images)
+
+
+def sizes_of(c: Config, model: ModelConfig) -> Sizes | None:
+    """The most that a row shows, `images.max_windows` and `images.max_tokens`; None: the policy reads text alone, or is asked
+    in text alone."""
+    i = c.images
+    return Sizes(i.max_windows, i.max_tokens) if model.sees and i.max_windows and i.max_tokens else None
 
 
 class TrainState(NamedTuple):

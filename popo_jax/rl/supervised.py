@@ -11,6 +11,7 @@ from popo_jax.models.decoder import Decoder
 from popo_jax.ops.masked import masked_mean
 from popo_jax.rl.optim import apply
 from popo_jax.rl.state import Params, Purpose, TrainState, key_for
+from popo_jax.scenes import Images
 
 
 def supervised_step(
@@ -18,6 +19,7 @@ def supervised_step(
     tokens: Int[Array, "B T"],
     answer_mask: Bool[Array, "B T"],
     rate: Float[Array, ""],
+    images: Images | None = None,
     *,
     model: Decoder,
     tx: optax.GradientTransformation,
@@ -25,7 +27,7 @@ def supervised_step(
     """One AdamW step at learning rate `rate` on the mean negative log-prob of the answers' tokens; returns that mean."""
 
     def loss_of(params: Params) -> Float[Array, ""]:
-        return -masked_mean(model.logprobs(params, tokens, temperature=1.0)[0], answer_mask)
+        return -masked_mean(model.logprobs(params, tokens, temperature=1.0, images=images)[0], answer_mask)
 
     loss, grads = jax.value_and_grad(loss_of)(state.params)
     params, opt_state, _ = apply(tx, grads, state.opt_state, state.params, rate, key_for(0, Purpose.ROUND, state.step))

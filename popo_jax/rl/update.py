@@ -21,6 +21,7 @@ from popo_jax.rl import measures
 from popo_jax.rl.micro import join_rows, join_slots, over_micro_batches, split_rows, split_slots
 from popo_jax.rl.optim import apply, learning_rate, wide
 from popo_jax.rl.state import Batch, Params, Purpose, StepOut, TrainState, key_for
+from popo_jax.scenes import Images
 
 
 def train_step(
@@ -66,7 +67,8 @@ def gradient(
     below = jnp.maximum(denominator(mini.token_mask, aggregation=c.loss.aggregation, response_limit=limit), 1.0)
 
     def loss_of(params: Params, micro: Batch, prox: Float[Array, "r t"] | None) -> tuple[Array, tuple[dict[str, Array], Array]]:
-        logp, entropy = model.logprobs(lora.join(params, frozen), micro.tokens, temperature=c.sample.temperature)
+        weights, temperature = lora.join(params, frozen), c.sample.temperature
+        logp, entropy = model.logprobs(weights, micro.tokens, temperature=temperature, images=micro.images)
         prox = jax.lax.stop_gradient(logp) if prox is None else prox
         around = anchors(prox, micro, c=c)
         terms = objective_terms(logp, entropy, around, micro, c=c)
@@ -129,19 +131,22 @@ def anchors(prox: Array, batch: Batch, *, c: Config) -> tuple[Float[Array, "b T"
 def start_logprobs(params: Params, minis: Batch, *, model: Decoder, c: Config) -> Float[Array, "M b T"]:
     """Log-probs of every row that counts under `params`, float32, without a gradient, a micro-batch at a time."""
 
-    def one(tokens: Array) -> tuple[None, Array]:
-        return None, model.logprobs(params, tokens, temperature=c.sample.temperature)[0]
+    def one(rows: tuple[Array, Images | None]) -> tuple[None, Array]:
+        return None, model.logprobs(params, rows[0], temperature=c.sample.temperature, images=rows[1])[0]
 
     def mini(_: None, mini: Batch) -> tuple[None, Array]:
-        return over_micro_batches(one, None, lambda *_: None, mini.tokens, mini.bucket, c=c)
+        return over_micro_batches(one, None, lambda *_: None, (mini.tokens, mini.images), mini.bucket, c=c)
 
     return jax.lax.scan(mini, None, minis)[1]
 
 
-def score(params: Params, tokens: Array, *, model: Decoder, temperature: float, parts: int = 1) -> Float[Array, "B T"]:
+def score(
+    params: Params, tokens: Array, images: Images | None = None, *, model: Decoder, temperature: float, parts: int = 1
+) -> Float[Array, "B T"]:
     """Log-probs [B, T] of `tokens` under `params` at `temperature`, in `parts` equal parts one after another."""
 
-    def one(_: None, part: Array) -> tuple[None, Array]:
-        return None, model.logprobs(params, part, temperature=temperature)[0]
+    def one(_: None, part: tuple[Array, Images | None]) -> tuple[None, Array]:
+        return None, model.logprobs(params, part[0], temperature=temperature, images=part[1])[0]
 
-    return join_rows(jax.lax.scan(one, None, split_rows(tokens, parts))[1])
+    rows = jax.tree.map(lambda x: split_rows(x, parts), (tokens, images))
+    return join_rows(jax.lax.scan(one, None, rows)[1])

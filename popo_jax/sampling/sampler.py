@@ -20,8 +20,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from popo_jax import scenes as layout
 from popo_jax.models.decoder import Decoder
 from popo_jax.sampling.draw import draw
+from popo_jax.scenes import Images, Scene, Sizes
 from popo_jax.sharding import BATCH, ROW_AXES, row_shards
 from popo_jax.types import Responses
 
@@ -34,10 +36,18 @@ class SampleFn(Protocol):
     """The seam for other engines: prompts [P] of token arrays -> Responses of P * samples rows.
 
     `first` is the number of the first prompt: a call for prompts 8 to 15 draws what they have in a call for 0 to 15.
+    `scenes`: what each prompt shows, for a policy that sees.
     """
 
     def __call__(
-        self, params: Any, prompts: Sequence[np.ndarray], key: jax.Array, *, version: int, first: int = 0
+        self,
+        params: Any,
+        prompts: Sequence[np.ndarray],
+        key: jax.Array,
+        *,
+        version: int,
+        first: int = 0,
+        scenes: Sequence[Scene] | None = None,
     ) -> Responses: ...
 
 
@@ -54,6 +64,8 @@ class Decoding:
     chunk: int
     max_rows: int | None
     eos_ids: tuple[int, ...]
+    sizes: Sizes | None = None
+    """The most that a prompt shows; None: prompts are text."""
 
 
 class Rows(NamedTuple):
@@ -64,6 +76,8 @@ class Rows(NamedTuple):
     row: Int[Array, " b"]
     start: Int[Array, " b"]
     done: Bool[Array, " b"]
+    shift: Int[Array, " b"] | None = None
+    """What a token's position is beyond its place in the row, after images; None: nothing."""
 
 
 class Drawn(NamedTuple):
@@ -74,13 +88,22 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Callable (params, prompts, key, *, version, first) -> Responses. Errors: ValueError for a prompt over the limit."""
+    """Callable (params, prompts, key, *, version, first, scenes) -> Responses. Errors: ValueError for a prompt over the limit."""
 
     model: Decoder
     c: Decoding
     mesh: Mesh
 
-    def __call__(self, params: Any, prompts: Sequence[np.ndarray], key: jax.Array, *, version: int, first: int = 0) -> Responses:
+    def __call__(
+        self,
+        params: Any,
+        prompts: Sequence[np.ndarray],
+        key: jax.Array,
+        *,
+        version: int,
+        first: int = 0,
+        scenes: Sequence[Scene] | None = None,
+    ) -> Responses:
         longest = max(len(p) for p in prompts)
         if longest > self.c.max_prompt:
             raise ValueError(f"a prompt has {longest} tokens, the sampler's limit is {self.c.max_prompt}")
@@ -91,7 +114,8 @@ class Sampler:
         weights = _for_decode(params, model=self.model, mesh=self.mesh)
         per_wave = len(prompts) if self.c.max_rows is None else min(len(prompts), max(self.c.max_rows // self.c.samples, 1))
         for at in range(0, len(prompts), per_wave):
-            self._wave(weights, prompts[at : at + per_wave], key, at, first + at, per_wave, out)
+            seen = None if scenes is None else scenes[at : at + per_wave]
+            self._wave(weights, prompts[at : at + per_wave], seen, key, at, first + at, per_wave, out)
         return replace(out, ended=_ended(out, self.c.eos_ids))
 
     def programs(self, params: Any, prompts: int) -> Iterator[tuple[str, Any, Any]]:
@@ -109,7 +133,11 @@ class Sampler:
 
         yield (cast := compiled("cast", _for_decode, params))
         tokens, start, row = (jax.ShapeDtypeStruct(s, i32) for s in ((units, c.max_prompt), (units,), (units * c.samples,)))
-        yield (prefill := compiled("prefill", _prefill, cast[2], tokens, start, row, key, c=c))
+        images = None
+        if c.sizes is not None:
+            fields = layout.abstract(units, c.sizes, c.max_prompt, self.model.c.vision)
+            images = Images(*(jax.ShapeDtypeStruct(*f) for f in fields))
+        yield (prefill := compiled("prefill", _prefill, cast[2], tokens, start, row, key, images, c=c))
         at, rows = jax.ShapeDtypeStruct((), i32), prefill[2][0]
         yield compiled("decode", _decode, cast[2], rows, at, at, key, c=c)
         first = smaller_bucket(units * c.samples // shards, 1 + units * c.samples // shards // 2)  # three quarters, if it can be
@@ -117,7 +145,15 @@ class Sampler:
         yield "take", (done := _take.lower(rows.cache[0], kept, mesh=self.mesh).compile()), done.out_info
 
     def _wave(
-        self, weights: Any, prompts: Sequence[np.ndarray], key: jax.Array, at: int, first: int, size: int, out: Responses
+        self,
+        weights: Any,
+        prompts: Sequence[np.ndarray],
+        scenes: Sequence[Scene] | None,
+        key: jax.Array,
+        at: int,
+        first: int,
+        size: int,
+        out: Responses,
     ) -> None:
         """Rows are written to `out` from prompt `at` on, and drawn as those of prompt number `first` on."""
         shards, static = row_shards(self.mesh.shape), {"model": self.model, "mesh": self.mesh}
@@ -127,7 +163,8 @@ class Sampler:
         row = np.arange(units * c.samples, dtype=np.int32) + at * self.c.samples
         row[len(prompts) * self.c.samples :] = -1
         drawn_as = np.where(row < 0, row, row + np.int32((first - at) * self.c.samples))
-        rows, drawn = _prefill(weights, tokens, start, drawn_as, key, c=c, **static)
+        images = None if scenes is None else self._images([s for s in scenes for _ in range(parts)], start, tokens.shape[1])
+        rows, drawn = _prefill(weights, tokens, start, drawn_as, key, images, c=c, **static)
         _record(out, _to_host(drawn, self.mesh), row, 0)
         for t in range(1, c.max_response, c.chunk):
             active = ~_to_host(rows.done, self.mesh).reshape(shards, -1)
@@ -140,6 +177,17 @@ class Sampler:
                 rows = _compacted(rows, kept.ravel(), self.mesh)
             rows, drawn = _decode(weights, rows, np.int32(tokens.shape[1]), np.int32(t), key, c=c, **static)
             _record(out, _to_host(drawn, self.mesh), row, t)
+
+    def _images(self, scenes: Sequence[Scene], start: np.ndarray, S: int) -> Images:
+        """Of every unit, extra ones like the first: as many windows as a bucket of them has that holds the largest."""
+        assert self.c.sizes is not None
+        v, most = self.model.c.vision, max(len(s.patches) for s in scenes)
+        windows = self.c.sizes.windows
+        while windows % 2 == 0 and windows // 2 * v.window_patches >= most and windows > 1:
+            windows //= 2
+        return layout.lay_out(
+            [*scenes, *[scenes[0]] * (len(start) - len(scenes))], replace(self.c.sizes, windows=windows), S, v, start
+        )
 
 
 def _laid(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -228,18 +276,34 @@ def _for_decode(params: Any, *, model: Decoder, mesh: Mesh) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("model", "c", "mesh"))
 def _prefill(
-    weights: Any, tokens: Array, start: Array, row: Array, key: jax.Array, *, model: Decoder, c: Decoding, mesh: Mesh
+    weights: Any,
+    tokens: Array,
+    start: Array,
+    row: Array,
+    key: jax.Array,
+    images: Images | None,
+    *,
+    model: Decoder,
+    c: Decoding,
+    mesh: Mesh,
 ) -> tuple[Rows, Drawn]:
-    """Caches of W prompts, repeated for their samples, and every row's first token."""
+    """Caches of W prompts, repeated for their samples, and every row's first token. Each prompt's images are read once."""
 
-    def prefill(weights: Any, tokens: Array, start: Array, row: Array, key: jax.Array) -> tuple[Rows, Drawn]:
-        logits_WV, cache = model.prefill(weights, tokens, start, tokens.shape[1] + c.max_response)
-        cache, logits_BV, start = jax.tree.map(lambda x: jnp.repeat(x, c.samples, axis=0), (cache, logits_WV, start))
+    def prefill(
+        weights: Any, tokens: Array, start: Array, row: Array, key: jax.Array, images: Images | None
+    ) -> tuple[Rows, Drawn]:
+        S = tokens.shape[1]
+        logits_WV, cache = model.prefill(weights, tokens, start, S + c.max_response, images)
+        shift = None if images is None else images.position[:, -1, 0] + 1 - (S - start)
+        per_prompt = (cache, logits_WV, start, shift)
+        cache, logits_BV, start, shift = jax.tree.map(lambda x: jnp.repeat(x, c.samples, axis=0), per_prompt)
         token, logp = _draw(logits_BV, key, row, jnp.int32(0), c)
         real = row >= 0
-        return Rows(cache, token, row, start, ~real | _is_end(token, c)), Drawn(token[:, None], real[:, None], logp[:, None])
+        rows = Rows(cache, token, row, start, ~real | _is_end(token, c), shift)
+        return rows, Drawn(token[:, None], real[:, None], logp[:, None])
 
-    return _per_shard(prefill, mesh, (WHOLE, BATCH, BATCH, BATCH, WHOLE), BATCH)(weights, tokens, start, row, key)
+    specs = (WHOLE, BATCH, BATCH, BATCH, WHOLE, BATCH)
+    return _per_shard(prefill, mesh, specs, BATCH)(weights, tokens, start, row, key, images)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "c", "mesh"), donate_argnames="rows")
@@ -258,10 +322,10 @@ def _decode(
 
         def one(carry: tuple[Array, Rows, Drawn]) -> tuple[Array, Rows, Drawn]:
             i, rows, drawn = carry
-            logits_BV, cache = model.decode(weights, rows.cache, rows.token, S + t + i - 1, rows.start)
+            logits_BV, cache = model.decode(weights, rows.cache, rows.token, S + t + i - 1, rows.start, rows.shift)
             token, logp = _draw(logits_BV, key, rows.row, t + i, c)
             drawn = Drawn(*(x.at[:, i].set(new) for x, new in zip(drawn, (token, ~rows.done, logp), strict=True)))
-            return i + 1, Rows(cache, token, rows.row, rows.start, rows.done | _is_end(token, c)), drawn
+            return i + 1, rows._replace(cache=cache, token=token, done=rows.done | _is_end(token, c)), drawn
 
         return jax.lax.while_loop(more, one, (jnp.int32(0), rows, drawn))[1:]
 

@@ -167,7 +167,7 @@ def test_large_sizes_lower_without_being_allocated(name, millions):
     b = built(SIZES[name].train, 1)
     assert sum(x.size for x in jax.tree.leaves(b.abstract_state.params)) / 1e6 == pytest.approx(millions, abs=0.1)
     rows, T = b.c.rows, b.c.row_tokens
-    state, out = b.train_step.lower(b.abstract_state, abstract_batch(b.split)).out_info
+    state, out = b.train_step.lower(b.abstract_state, abstract_batch(b.split, b.model.c)).out_info
     assert isinstance(state, TrainState) and out.logp_start.shape == (rows, T)
     b = built(SIZES[name].sample, 1)
     c, model = sampler.endless(b), b.model

@@ -13,7 +13,7 @@ from popo_jax.config import ChatConfig
 from popo_jax.data import chat as chats
 from popo_jax.data import tokenizer as tokenizers
 from popo_jax.data.chat import Chat, open_chat
-from popo_jax.data.stream import Source, supervised
+from popo_jax.data.stream import Example, Source, supervised
 from popo_jax.types import UserError
 from tests.chatty import LLAMA3, MANNERS, MISTRAL, QWEN3, QWEN25, R1, Manner, save
 
@@ -206,7 +206,7 @@ def test_streams_checks_and_the_warm_start_read_the_same_tokens(tmp_path, settin
     for prompt, problem, checked in zip(map(source.prompt, PROBLEMS), PROBLEMS, chat.encode_all(texts), strict=True):
         assert prompt.text == chat.render(problem) and prompt.begun == chat.begun(problem)
         np.testing.assert_array_equal(prompt.tokens, checked)
-        batch = next(iter(supervised([(prompt.text, "4")] * 2, chat, batch=2, T=200, seed=0)))
+        batch = next(iter(supervised([Example(prompt, "4")] * 2, chat, batch=2, T=200, seed=0)))
         n = int(batch["answer_mask"][0].argmax())
         np.testing.assert_array_equal(batch["tokens"][0, :n], prompt.tokens)
         assert batch["tokens"][0, n : n + 2].tolist() == [*chat.tokenizer.encode("4"), chat.tokenizer.eos_ids[0]]

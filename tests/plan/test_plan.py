@@ -165,7 +165,7 @@ from popo_jax.rules import resolve
 c = resolve(from_dict(yaml.safe_load(sys.stdin.read())))
 p = compiled.Programs(chip("v5e:2x2"), search._devices("v5e:2x2"), c.model, print)
 b = p.built(c)
-done = b.train_step.lower(b.abstract_state, abstract_batch(b.split)).compile()
+done = b.train_step.lower(b.abstract_state, abstract_batch(b.split, b.model.c)).compile()
 c = count(parse(done.as_text()), trips=lambda i: 1.0, kernel=kernel_flops)
 moved = sorted({(x.kind, x.bytes) for x in c.collectives}, key=lambda x: -x[1])
 theirs = done.cost_analysis()["flops"]
