@@ -58,7 +58,8 @@ def _source(config: TaskConfig, problems: Sequence[Mapping[str, Any]], where: st
 
 def _origin(config: TaskConfig) -> str | None:
     """Where both sides come from, if one source is divided between them."""
-    return (config.train_file or config.math.dataset) if config.name == "math" else None
+    given = {"math": config.math.dataset, "geometry": config.geometry.dataset}
+    return (config.train_file or given[config.name]) if config.name in given else None
 
 
 def fingerprints(problems: Problems, grade: GradeFn) -> dict[str, str]:
