@@ -23,7 +23,7 @@ class EvalArgs:
     model: tyro.conf.Positional[str | None] = None
     """A run directory, a folder in Hugging Face's format, or a hub id."""
     task: tuple[str, ...] = ()
-    """countdown, arithmetic, math, or a suite: AIME24, AIME25, AMC23, MATH500, Minerva, OlympiadBench. None: the run's."""
+    """countdown, arithmetic, math, geometry, or of AIME24, AIME25, AMC23, MATH500, Minerva, OlympiadBench. None: the run's."""
     data: Path | None = None
     """JSONL or parquet of problems, in place of the task's own."""
     problem_column: str | None = None

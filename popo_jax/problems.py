@@ -99,8 +99,8 @@ def _shown(sources: Sequence[Source], sizes: Sequence[Sizes], c: Config, chat: C
 
 def _origin(config: TaskConfig) -> str | None:
     """Where both sides come from, if one source is divided between them."""
-    dataset = {"math": config.math.dataset, "geometry": config.geometry.dataset}
-    return (config.train_file or dataset[config.name]) if config.name in dataset else None
+    given = {"math": config.math.dataset, "geometry": config.geometry.dataset}
+    return (config.train_file or given[config.name]) if config.name in given else None
 
 
 def fingerprints(problems: Problems, grade: GradeFn) -> dict[str, str]:

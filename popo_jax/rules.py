@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from popo_jax import plain
 from popo_jax.config import Config
 from popo_jax.model_config import MODEL_HOW, ModelConfig
-from popo_jax.task_config import PICTURED, TASK_NAMES, UNBOUNDED, TaskConfig
+from popo_jax.task_config import PICTURED, TASK_NAMES, UNBOUNDED, GeometryConfig, MathConfig, TaskConfig
 from popo_jax.types import UserError
 
 
@@ -74,8 +74,8 @@ def unread(c: Config) -> dict[str, str]:
         for name in TASK_NAMES:
             if task.name != name:
                 keys[f"tasks.{i}.{name}"] = f"task {i} is {task.name}"
-            elif name == "math":
-                keys |= {f"tasks.{i}.math.{k}": why for k, why in _unread_math(task).items()}
+            elif name in ("math", "geometry"):
+                keys |= {f"tasks.{i}.{name}.{k}": why for k, why in _unread_given(task).items()}
             elif task.train_file and task.eval_file:
                 generated = [f.name for f in dataclasses.fields(getattr(task, name)) if f.name != "prompt"]
                 keys |= {f"tasks.{i}.{name}.{k}": "both files are given" for k in generated}
@@ -84,21 +84,28 @@ def unread(c: Config) -> dict[str, str]:
     return keys
 
 
-def _unread_math(task: TaskConfig) -> dict[str, str]:
-    m = task.math
+def _unread_given(task: TaskConfig) -> dict[str, str]:
+    """Of a task whose problems are given or generated."""
+    c: MathConfig | GeometryConfig = getattr(task, task.name)
     keys: dict[str, str] = {}
-    given = task.train_file is not None or m.dataset is not None
-    if given:
-        keys |= dict.fromkeys(("train_problems", "steps", "high"), "problems are given, not generated")
-        if task.eval_file is not None or (m.dataset is not None and m.eval_split is not None):
+    if task.train_file is not None or c.dataset is not None:
+        keys |= dict.fromkeys(_GENERATED[task.name], "problems are given, not generated")
+        if task.eval_file is not None or (c.dataset is not None and c.eval_split is not None):
             keys |= dict.fromkeys(("eval_problems", "seed"), "held-out problems are given")
-    else:
+    elif task.name == "math":
         keys |= dict.fromkeys(("problem_column", "answer_column"), "problems are generated")
-    if m.dataset is None:
+    if c.dataset is None:
         keys |= dict.fromkeys(("dataset_name", "train_split", "eval_split"), "no dataset is given")
     elif task.train_file is not None:
         keys["train_split"] = "train_file is given"
     return keys
+
+
+_GENERATED = {
+    "math": ("train_problems", "steps", "high"),
+    "geometry": ("train_problems", "kinds", "low", "high", "step", "size", "jitter"),
+}
+"""What only generated problems read."""
 
 
 def why_unread(key: str, unread_keys: Mapping[str, str]) -> str | None:

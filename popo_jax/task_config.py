@@ -73,8 +73,46 @@ class MathConfig:
 
 
 @dataclass(frozen=True)
+class GeometryConfig:
+    """Geometry problems with pictures: of `train_file`, or of a data set on the hub; with neither, drawn figures."""
+
+    dataset: str | None = None
+    """Its id, or a local folder, for the `datasets` library, e.g. hiyouga/geometry3k; the files win."""
+    dataset_name: str | None = None
+    """Its configuration."""
+    train_split: str = "train"
+    eval_split: str | None = None
+    """None: `eval_problems` of the training ones are held out."""
+    instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    """Put below the problem; empty for none."""
+    tolerance: float = 1e-3
+    """Relative error up to which a number counts as the answer, unless both are whole numbers or fractions."""
+    format_score: float = 0.1
+    """Score of a wrong answer that stands in \\boxed{}, in [0, 1)."""
+    eval_problems: int = 512
+    """Held out where no file or split is. Drawn ones: their figure and numbers never occur in training, however moved."""
+    seed: int = 0
+    """Of what is held out, and of drawn problems; apart from the run's."""
+    train_problems: int = 20000
+    """Drawn ones."""
+    kinds: tuple[str, ...] = ("triangle", "angle", "parallel", "circle", "length", "right")
+    """Figures to draw, in equal shares: two angles of a triangle; angles on a line or in a corner; parallels and a transversal;
+    inscribed and central angle, radius and diameter; a segment of two parts; a right triangle with whole sides."""
+    low: int = 20
+    """The smallest number that is drawn from, at least 1: of angles in degrees, of lengths."""
+    high: int = 80
+    """The largest, up to 99."""
+    step: int = 1
+    """Between the numbers: 10 gives 20 30 ... 80. Sides of a right triangle are any whole ones up to 99."""
+    size: int = 56
+    """Pixels of a side of the image, at least 56, where a digit has 5 x 7 in a cell of 8 x 8."""
+    jitter: int = 0
+    """How far a figure may be moved and turned, in 56ths of the side and in degrees, up to 4; 0: every digit in a fixed cell."""
+
+
+@dataclass(frozen=True)
 class TaskConfig:
-    name: Literal["countdown", "arithmetic", "math"] = "countdown"
+    name: Literal["countdown", "arithmetic", "math", "geometry"] = "countdown"
     weight: float = 1.0
     """Share of the prompts, relative to the other tasks."""
     train_file: str | None = None
@@ -87,16 +125,19 @@ class TaskConfig:
     countdown: CountdownConfig = CountdownConfig()
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     math: MathConfig = MathConfig()
+    geometry: GeometryConfig = GeometryConfig()
 
 
 TASK_NAMES: tuple[str, ...] = get_args(get_type_hints(TaskConfig)["name"])
-UNBOUNDED: Mapping[str, str] = {"math": "popo_jax.tasks.mathematics:grade"}
+PICTURED = ("geometry",)
+"""Tasks whose problems have pictures, for a policy that sees."""
+UNBOUNDED: Mapping[str, str] = {"math": "popo_jax.tasks.mathematics:grade", "geometry": "popo_jax.tasks.geometry:grade"}
 """Tasks whose verifier may take any time and memory, and where worker processes find it."""
 
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """The worker processes that grade mathematics, and what your own verifiers grade."""
+    """The worker processes that grade mathematics, geometry, and what your own verifiers grade."""
 
     workers: int | None = None
     """None: one a core."""

@@ -75,7 +75,7 @@ def test_a_value_of_the_wrong_type(config, capsys):
         ("algorithm: {name: [1]}", "algorithm must be one of"),
         ("stepz: 3", "unknown key stepz (did you mean steps?)"),
         ("loss: {clip_low: high}", "loss.clip_low must be a number, got 'high'"),
-        ("tasks: [{name: chess}]", "tasks.0.name must be one of countdown, arithmetic, math, got 'chess'"),
+        ("tasks: [{name: chess}]", "tasks.0.name must be one of countdown, arithmetic, math, geometry, got 'chess'"),
     ],
 )
 def test_bad_config_files(tmp_path, capsys, text, says):

@@ -70,6 +70,8 @@ NO_JAX = [
     "tasks.worker",
     "tasks.graders",
     "tasks.mathematics",
+    "tasks.geometry",
+    "tasks.figures",
     "tasks.countdown",
     "replay.buffer",
     "replay.fill",

@@ -37,14 +37,13 @@ class Eyes:
     v: VisionConfig
     pictures: Callable[[Problem], Sequence[Any]]
     """Of a problem: bytes of an image file, a path, or a PIL image, for each image."""
-    sizes: Callable[[Problem], Sequence[tuple[int, int]]] | None = None
-    """Their (width, height), where that is known without making them."""
+    sizes: Callable[[Problem], Sequence[tuple[int, int]] | None] | None = None
+    """Their (width, height), or None where that is not known without making them."""
 
     def grids(self, problem: Problem, where: str) -> tuple[tuple[int, int], ...]:
         """Rows and columns of patches of each image, which is not read whole. Errors: UserError for one that is refused."""
-        if self.sizes is not None:
-            found = self.sizes(problem)
-        else:
+        found = self.sizes(problem) if self.sizes is not None else None
+        if found is None:
             found = [_opened(x, _place(where, i)).size for i, x in enumerate(self.pictures(problem))]
         return tuple(self._grid(size, _place(where, i)) for i, size in enumerate(found))
 

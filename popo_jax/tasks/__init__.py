@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from popo_jax.task_config import TaskConfig
-from popo_jax.tasks import arithmetic, countdown, mathematics
+from popo_jax.tasks import arithmetic, countdown, geometry, mathematics
 from popo_jax.types import UserError, Verdict
 
 Problem = Mapping[str, Any]
@@ -39,7 +39,7 @@ class Task(Protocol):
         """An answer for the warm start: right with probability `right`, else well-formed and wrong."""
 
 
-TASKS: Mapping[str, Task] = {"countdown": countdown, "arithmetic": arithmetic, "math": mathematics}
+TASKS: Mapping[str, Task] = {"countdown": countdown, "arithmetic": arithmetic, "math": mathematics, "geometry": geometry}
 
 
 def get_task(name: str) -> Task:

@@ -6,13 +6,13 @@ Known shapes: (problem, answer) as in DeepScaleR, (problem, solution) as in MATH
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from popo_jax.task_config import MathConfig, TaskConfig
-from popo_jax.tasks import files
+from popo_jax.tasks import files, sources
 from popo_jax.tasks.files import Row, Split
 from popo_jax.types import UserError
 
@@ -33,22 +33,8 @@ def read(config: TaskConfig, problem_id: Callable[[Mapping[str, Any]], str]) -> 
     With one source, `math.eval_problems` are held out, those whose seeded hash of the id is lowest; a problem that occurs
     twice is on one side. Errors: UserError, also if two sources share problems.
     """
-    c = config.math
-    train = _source(config.train_file, c, c.train_split)
-    held_out = _source(config.eval_file, c, c.eval_split)
-    if train is None:
-        return None
-    name, table = train
-    problems = _problems(name, table, c, checked=config.verifier is None)
-    if held_out is None:
-        return _cut(name, problems, c, problem_id)
-    name_, table = held_out
-    others = _problems(name_, table, c, checked=config.verifier is None)
-    known = {problem_id(p) for p in problems}
-    shared = sum(problem_id(p) in known for p in others)
-    if shared:
-        raise UserError(f"{name_} must hold no problem of {name}, got {shared} of {len(others)} in both")
-    return problems, others
+    problems = partial(_problems, c=config.math, checked=config.verifier is None)
+    return sources.read(config, config.math, problems, problem_id)
 
 
 def read_all(config: TaskConfig, problem_id: Callable[[Mapping[str, Any]], str]) -> list[Row]:
@@ -56,47 +42,16 @@ def read_all(config: TaskConfig, problem_id: Callable[[Mapping[str, Any]], str])
 
     Errors: UserError, also if the config names no source.
     """
-    source = _source(config.train_file, config.math, config.math.train_split)
+    source = sources.table(config, config.train_file, config.math, config.math.train_split)
     if source is None:
         raise UserError("expected a file or a data set of mathematics problems, got neither")
     found: dict[str, Row] = {}
-    for p in _problems(*source, config.math, checked=config.verifier is None):
+    for p in _problems(*source, c=config.math, checked=config.verifier is None):
         found.setdefault(problem_id(p), p)
     return list(found.values())
 
 
-def _cut(name: str, problems: list[Row], c: MathConfig, problem_id: Callable[[Row], str]) -> Split:
-    ids = [problem_id(p) for p in problems]
-    order = sorted(set(ids), key=lambda i: hashlib.sha256(f"{c.seed}:{i}".encode()).digest())
-    if len(order) <= c.eval_problems:
-        raise UserError(f"math.eval_problems must leave a problem of {name} to train on, got {c.eval_problems} of {len(order)}")
-    chosen = set(order[: c.eval_problems])
-    first = dict(reversed([(i, p) for i, p in zip(ids, problems, strict=True) if i in chosen]))
-    return [p for i, p in zip(ids, problems, strict=True) if i not in chosen], [first[i] for i in order[: c.eval_problems]]
-
-
-def _source(file: str | None, c: MathConfig, split: str | None) -> tuple[str, Iterable[tuple[str, Row]]] | None:
-    """(its name, its rows each with its place); the file wins over the data set."""
-    if file is not None:
-        return file, [(files.place(file, n), row) for n, row in files.read_rows(file, ())]
-    if c.dataset is None or split is None:
-        return None
-    name = f"data set {c.dataset}{f'/{c.dataset_name}' if c.dataset_name else ''} ({split})"
-    try:
-        import datasets
-    except ImportError as e:
-        raise UserError(f"math.dataset needs the datasets library, got none: pip install 'popo-jax[data]' ({e})") from e
-    try:
-        rows = list(datasets.load_dataset(c.dataset, c.dataset_name, split=split))
-    except Exception as e:  # its errors have no common kind: no network, no such set, no such split, a gated one
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{name} must be there to load, got {type(e).__name__}: {first}") from e
-    if not rows:
-        raise UserError(f"{name} must hold at least one problem, found none")
-    return name, [(f"{name}, row {n}", row) for n, row in enumerate(rows, 1)]
-
-
-def _problems(name: str, table: Iterable[tuple[str, Row]], c: MathConfig, *, checked: bool) -> list[Row]:
+def _problems(name: str, table: Iterable[tuple[str, Row]], *, c: MathConfig, checked: bool) -> list[Row]:
     table = list(table)
     question, answer = _columns(name, list(table[0][1]), c)
     problems = []

@@ -123,7 +123,7 @@ def test_sound_verdicts_pass_as_floats(verdict: Verdict) -> None:
 
 def test_an_unknown_task_is_refused() -> None:
     for call in (lambda: tasks.get_task("countdwn"), lambda: grade_all([("countdwn", "x", {})])):
-        with pytest.raises(UserError, match="task must be one of countdown, arithmetic, math, got 'countdwn'"):
+        with pytest.raises(UserError, match="task must be one of countdown, arithmetic, math, geometry, got 'countdwn'"):
             call()
 
 

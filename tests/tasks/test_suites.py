@@ -61,7 +61,7 @@ def test_a_context_stands_above_the_question(tmp_path: Path) -> None:
 def test_names() -> None:
     assert suites.find("AIME24") is suites.find("aime24") is suites.SUITES["aime24"]
     assert [suites.find(t) for t in TASK_NAMES] == [None] * len(TASK_NAMES)
-    with pytest.raises(UserError, match=r"--task must be one of AIME24, .*, math, got 'AIME2024' \(did you mean aime24\?\)"):
+    with pytest.raises(UserError, match=r"--task must be one of AIME24, .*, geometry, got 'AIME2024' \(did you mean aime24\?\)"):
         suites.find("AIME2024")
 
 

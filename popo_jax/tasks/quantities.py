@@ -1,0 +1,297 @@
+"""Numbers as people write answers: decimals, fractions, roots, pi, degrees, units, "x =" in front. Read strictly and bounded.
+
+    sum = product (("+" | "-") product)*    product = power (("*" | "/") power | power)*    power = ("+" | "-")? atom ("^" atom)?
+    atom = number | pi | \\frac a b | \\sqrt[n] a | sin, cos, tan of an atom, which may be in degrees | "(" sum ")" | "{" sum "}"
+Two numbers side by side, words such as "or", a sign such as "\\pm", and characters of unknown meaning make no number.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+MAX_LENGTH, MAX_DEPTH, MAX_BITS = 200, 16, 4096
+"""Characters of an answer; brackets open at once; size of a whole number on the way."""
+
+Number = Fraction | float
+"""A fraction where the value is known exactly."""
+Unit = tuple[str, float, int]
+"""What it measures, how large it is beside others of its kind, and its power: square metres are ("length", 1.0, 2)."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    value: Number
+    decimals: int | None
+    """Digits after the point of a decimal number; None for anything else."""
+    unit: Unit | None
+
+
+class Unreadable(ValueError):
+    """No number, or several."""
+
+
+_SIGNS = str.maketrans(
+    dict.fromkeys("\u00b0\u00ba", r"^\circ ")
+    | dict.fromkeys("\u2212\u2013", "-")
+    | dict.fromkeys("\u00d7\u00b7\u22c5", "*")
+    | dict.fromkeys("\u00f7\u2044\u2215", "/")
+    | dict.fromkeys("\u00a0\u2009\u202f", " ")
+    | {"\u221a": r"\sqrt ", "\u03c0": r"\pi ", "\u00b2": "^2", "\u00b3": "^3", "\u2248": r"\approx "}
+    | {"\u00bc": r"\frac14 ", "\u00bd": r"\frac12 ", "\u00be": r"\frac34 ", "\u2153": r"\frac13 ", "\u2154": r"\frac23 "}
+    | {"\u2220": r"\angle ", "\u25b3": r"\triangle ", "\u03b8": r"\theta ", "\u03b1": r"\alpha ", "\u03b2": r"\beta "}
+)
+"""Degrees, minus, times, by, blanks, the root, pi, powers, common fractions, names of angles."""
+_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern, re.ASCII), to)
+    for pattern, to in (
+        (r"\\begin\{\w*\}|\\end\{\w*\}", r"\\unknown "),
+        (r"(?<=\d)(?:\\[,;!:]|\{,\})(?=\d{3}(?!\d))", ","),
+        (r"\\(?:left|right|displaystyle|big|Big|bigl|bigr)(?![A-Za-z])", ""),
+        (r"\\[()\[\]]|\$", " "),
+        (r"\\[,;:! ]|\\q?quad(?![A-Za-z])|~", " "),
+        (r"\\(?:text|mathrm|textrm|textbf|mathbf|textit|mathit|operatorname|mbox|rm)\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:times|cdot|ast)(?![A-Za-z])", "*"),
+        (r"\\div(?![A-Za-z])", "/"),
+        (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])|\^\s*\{?\s*o\b\s*\}?", " deg "),
+        (r"\\%", "%"),
+        (r"(?<![A-Za-z\\])(sqrt|pi|sin|cos|tan)(?![A-Za-z])", r"\\\1 "),
+        (r"\\(?:approx|simeq|sim|thickapprox|doteq)(?![A-Za-z])", "≈"),
+        (r"\*\*", "^"),
+        (r"(?<![\d.,/^}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"(\1+\2/\3)"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"(?<![\d.,/^}])(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"(\1+\2/\3)"),
+    )
+)
+"""In order. The last are mixed numbers: 1 3/4 and 1\\frac{3}{4} are more than one."""
+_SAYING = r"is|equals|about|approximately|approx\.?|roughly"
+_WORDS = re.compile(rf"\s*(?:(?!.*\bnot\b)[A-Za-z\\ ]{{0,60}}\b(?:{_SAYING})\s)?\s*", re.ASCII | re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z\\{}_'() ]+")
+_INDEX = re.compile(r"\\?angle\s*\d+|_\s*\{?\s*\d+\s*\}?", re.ASCII)
+_ARGUMENT = re.compile(r"\\(?:sin|cos|tan)\s*[\d.]+\s*$", re.ASCII)
+"""What a degree sign behind it belongs to."""
+_FUNCTIONS = re.compile(r"\\(?:sin|cos|tan|sqrt|frac|pi|log|ln)")
+_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*(?![\d,])|\.\d+(?![\d,])", re.ASCII)
+_DECIMAL = re.compile(r"[-+]?[\d,]*\.(\d+)", re.ASCII)
+_TOKEN = re.compile(rf"\s*({_NUMBER.pattern}|\\[A-Za-z]+|deg(?![A-Za-z])|[-+*/^(){{}}\[\]])", re.ASCII)
+
+_LENGTHS = {
+    **dict.fromkeys(("mm", "millimeter", "millimetre"), 0.001),
+    **dict.fromkeys(("cm", "centimeter", "centimetre"), 0.01),
+    **dict.fromkeys(("dm", "decimeter", "decimetre"), 0.1),
+    **dict.fromkeys(("m", "meter", "metre"), 1.0),
+    **dict.fromkeys(("km", "kilometer", "kilometre"), 1000.0),
+    **dict.fromkeys(("in", "inch", "inches"), 0.0254),
+    **dict.fromkeys(("ft", "foot", "feet"), 0.3048),
+    **dict.fromkeys(("yd", "yard"), 0.9144),
+    **dict.fromkeys(("mi", "mile"), 1609.344),
+}
+_UNITS: Mapping[str, tuple[str, float]] = {
+    **{name: ("length", size) for name, size in _LENGTHS.items()},
+    **dict.fromkeys(("deg", "degree"), ("angle", 1.0)),
+    **dict.fromkeys(("rad", "radian"), ("angle", 180 / math.pi)),
+    "%": ("share", 0.01),
+    "unit": ("", 0.0),  # says nothing
+}
+_NAMES = "|".join(sorted((re.escape(n) for n in _UNITS), key=len, reverse=True))
+_POWER = r"\^?\s*\{?\s*([23])\s*\}?|(squared|cubed)"
+_UNIT = re.compile(
+    rf"(?<![A-Za-z\\])(?:(sq|square|cu|cubic)\b\.?\s*)?(?P<name>{_NAMES})(?:s|es)?\.?\s*(?:{_POWER})?\s*$",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+def read(text: str) -> tuple[Quantity, ...]:
+    """The quantities that a text equates: one for "x = 5 cm", two for "5\\sqrt{2} \\approx 7.07". Else none."""
+    return _read(text) if len(text) <= MAX_LENGTH else ()
+
+
+@lru_cache(maxsize=4096)
+def _read(text: str) -> tuple[Quantity, ...]:
+    text = normal(text)
+    if not text:
+        return ()
+    first, *rest = re.split(r"[=≈]", text)
+    named = bool(rest) and (not first.strip() or bool(_NAME.fullmatch(_INDEX.sub("", first)) and not _FUNCTIONS.search(first)))
+    try:
+        return tuple(_quantity(part) for part in (rest if named else [first, *rest]))
+    except (Unreadable, ArithmeticError, ValueError):  # division by zero, a root of a negative number, an overflow
+        return ()
+
+
+def normal(text: str) -> str:
+    """The text in a plainer notation, without LaTeX's spacing and fonts; empty if it is longer than MAX_LENGTH."""
+    if len(text) > MAX_LENGTH:
+        return ""
+    text = text.translate(_SIGNS)
+    for pattern, to in _REWRITES:
+        text = pattern.sub(to, text)
+    return " ".join(text.split()).removesuffix(".").strip()
+
+
+def _quantity(text: str) -> Quantity:
+    text = text[found.end() :] if (found := _WORDS.match(text)) else text
+    unit, tail = None, _UNIT.search(text)
+    if tail and not _ARGUMENT.search(text[: tail.start()]):
+        text, (kind, size) = text[: tail.start()], _UNITS[_singular(tail["name"])]
+        power = {"2": 2, "3": 3, "squared": 2, "cubed": 3}.get((tail[3] or tail[4] or "").lower(), 1)
+        power = {"s": 2, "c": 3}.get((tail[1] or " ")[0].lower(), power)
+        unit = (kind, size, power) if kind else None
+    text = text.strip()
+    decimal = _DECIMAL.fullmatch(text.replace(" ", ""))
+    return Quantity(_Reader(text).whole(), len(decimal[1]) if decimal else None, unit)
+
+
+def _singular(name: str) -> str:
+    return name.lower() if name.lower() in _UNITS else name.lower().removesuffix("s")
+
+
+class _Reader:
+    """Reads one text; what is not in the grammar, or grows too large, is Unreadable."""
+
+    def __init__(self, text: str):
+        self._text, self._tokens, self._at, self._depth = text, [], 0, 0
+        position = 0
+        while position < len(text):
+            token = _TOKEN.match(text, position)
+            if token is None:
+                raise Unreadable
+            self._tokens.append(token[1])
+            position = token.end()
+
+    def whole(self) -> Number:
+        value = self._sum()
+        if self._peek() or not math.isfinite(value):
+            raise Unreadable
+        return value
+
+    def _peek(self) -> str:
+        return self._tokens[self._at] if self._at < len(self._tokens) else ""
+
+    def _take(self, *expected: str) -> str:
+        token = self._peek()
+        if not token or (expected and token not in expected):
+            raise Unreadable
+        self._at += 1
+        return token
+
+    def _sum(self) -> Number:
+        value = self._product()
+        while self._peek() in ("+", "-"):
+            sign = self._take()
+            other = self._product()
+            value = bounded(value + other if sign == "+" else value - other)
+        return value
+
+    def _product(self) -> Number:
+        value = self._power()
+        while token := self._peek():
+            if token in ("*", "/"):
+                self._take()
+                other = self._power()
+                value = bounded(value * other if token == "*" else value / other)
+            elif token[0] in "\\({":
+                value = bounded(value * self._power())
+            else:  # the end of the product, or a number after a factor, which the end of the text refuses
+                break
+        return value
+
+    def _power(self) -> Number:
+        sign = -1 if self._peek() == "-" else 1
+        if self._peek() in ("+", "-"):
+            self._take()
+        base = self._atom()
+        if self._peek() == "^":
+            self._take()
+            base = _raised(base, self._atom())
+        return sign * base
+
+    def _atom(self) -> Number:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise Unreadable
+        token = self._take()
+        match token:
+            case "(" | "{":
+                value = self._sum()
+                self._take(")" if token == "(" else "}")
+            case r"\pi":
+                value = math.pi
+            case r"\frac":
+                top = self._atom()
+                value = top / self._atom()
+            case r"\sqrt":
+                value = self._root()
+            case r"\sin" | r"\cos" | r"\tan":
+                value = self._trigonometric(token)
+            case _ if _NUMBER.fullmatch(token):
+                value = Fraction(token.replace(",", ""))
+            case _:
+                raise Unreadable
+        self._depth -= 1
+        return bounded(value)
+
+    def _root(self) -> Number:
+        degree: Number = Fraction(2)
+        if self._peek() == "[":
+            self._take()
+            degree = self._sum()
+            self._take("]")
+        return _raised(self._atom(), 1 / degree)
+
+    def _trigonometric(self, name: str) -> float:
+        opening = self._take("(", "{") if self._peek() in ("(", "{") else ""
+        angle = float(self._sum() if opening else self._atom())
+        if self._peek() == "deg":
+            self._take()
+            angle = math.radians(angle)
+        if opening:
+            self._take(")" if opening == "(" else "}")
+        return {r"\sin": math.sin, r"\cos": math.cos, r"\tan": math.tan}[name](angle)
+
+
+def _raised(base: Number, exponent: Number) -> Number:
+    """base ^ exponent, exact where that is a fraction."""
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
+        p, n = exponent.numerator, exponent.denominator
+        if n == 1:
+            if max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(p) > MAX_BITS:
+                raise Unreadable
+            return base**p
+        if exponent == Fraction(1, 2) and base >= 0:
+            root = Fraction(math.isqrt(base.numerator), math.isqrt(base.denominator))
+            if root * root == base:
+                return root
+    value = float(base) ** float(exponent)
+    if isinstance(value, complex):
+        raise Unreadable
+    return value
+
+
+def bounded(value: Number) -> Number:
+    """Errors: Unreadable where a value is too large to go on with."""
+    if isinstance(value, Fraction) and max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise Unreadable
+    return value
+
+
+def same(found: Quantity, gold: Quantity, tolerance: float) -> bool:
+    """Is `found` the gold quantity? Units must agree where both state one.
+
+    Two fractions must be equal. Otherwise the relative error may be up to `tolerance`, and a decimal gold is also met by what
+    rounds to it at its number of digits.
+    """
+    if found.unit and gold.unit and found.unit != gold.unit:
+        return False
+    if all(isinstance(q.value, Fraction) and q.decimals is None for q in (found, gold)):
+        return found.value == gold.value
+    v, g = float(found.value), float(gold.value)
+    allowed = max(tolerance, 1e-9) * abs(g)
+    if gold.decimals is not None:
+        allowed = max(allowed, 0.5 * 10.0**-gold.decimals * (1 + 1e-9))
+    return abs(v - g) <= allowed

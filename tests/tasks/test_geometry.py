@@ -1,0 +1,404 @@
+"""Visual geometry: verdicts by hand, hostile text, the same through the pool; prompts, ids, pictures, the teacher, settings."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from popo_jax import rules
+from popo_jax.config import from_dict
+from popo_jax.task_config import GeometryConfig, TaskConfig
+from popo_jax.tasks import geometry, get_task, quantities
+from popo_jax.tasks.geometry import last_box
+from popo_jax.tasks.graders import Graders
+from popo_jax.tasks.pool import Pool
+from popo_jax.types import UserError, Verdict
+
+RIGHT = [
+    # gold, what stands in the box
+    ("45", "45"),
+    ("45", " 45. "),
+    ("45", "$45$"),
+    ("45", r"\(45\)"),
+    ("45", r"45^\circ"),
+    ("45", r"45^{\circ}"),
+    ("45", "45°"),
+    ("45", r"45\degree"),
+    ("45", "45 degrees"),
+    ("45", r"45\text{ degrees}"),
+    (r"45^\circ", "45"),
+    ("45", "x=45"),
+    ("45", "x = 45^\\circ"),
+    ("45", r"m\angle ABC = 45^\circ"),
+    ("45", r"\angle 1 = 45"),
+    ("45", r"\text{The answer is } 45"),
+    ("45", "45.0"),
+    ("45", "45.02"),  # within the tolerance of a decimal
+    ("45", "90/2"),
+    ("45", "180-135"),
+    ("45", r"\frac{90}{2}"),
+    ("45", "30+15=45"),
+    ("-45", "\u221245"),
+    ("1234", "1,234"),
+    ("1234", "1{,}234"),
+    ("1,234.5", "1234.5"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\frac{1}{2}", r"\dfrac12"),
+    (r"\frac { 1 } { 2 }", "1/2"),
+    ("1.75", r"1\frac{3}{4}"),
+    ("7/4", "1 3/4"),
+    ("-7/4", "-1 3/4"),
+    (r"5\sqrt{3}", "5√3"),
+    (r"5 \sqrt { 3 }", r"5\sqrt 3"),
+    (r"5\sqrt{3}", "8.66"),
+    (r"5\sqrt{3}", r"\approx 8.660"),
+    (r"5\sqrt{3}", r"5\sqrt{3} \approx 8.66"),
+    (r"5\sqrt{3}", r"\sqrt{75}"),
+    (r"\sqrt{16}", "4"),
+    ("2", r"\sqrt[3]{8}"),
+    (r"9\pi", "28.27"),
+    (r"9\pi", "9π"),
+    (r"9\pi", "9 pi"),
+    (r"\frac{\sqrt{3}}{2}", r"\sin 60^\circ"),
+    ("6.43", r"10\sin(40^\circ)"),
+    ("21.8", "21.79"),  # rounds to the given answer
+    ("21.8", "21.84"),
+    ("21.8", r"\approx 21.8"),
+    ("5", "5 cm"),
+    ("5 cm", "5"),
+    ("5 cm", r"5\text{ cm}"),
+    ("5 cm", r"5\ \mathrm{cm}"),
+    ("5 m", r"5\mathrm{~m}"),
+    ("5 cm", "AB = 5 centimeters"),
+    ("5", "5 units"),
+    ("5 cm", "5 units"),
+    ("12 ft^2", "12 square feet"),
+    (r"12 \text{ cm}^2", "12 cm²"),
+    ("12 square meters", "12 m^2"),
+    ("12", "12 sq. ft."),
+    ("60^\\circ", "60 deg"),
+    ("(3, 4)", "(3,4)"),
+    ("B", r"\text{B}"),
+    ("2x+3", "3+2x"),
+    ("x^2+y^2=9", "y^2+x^2=9"),
+    ("x^{12}", "x^{12}+0"),
+    ("4.5", r"4.5 \times 10^0"),
+    ("0", "0.0"),
+    ("45", r"\boxed{45}"),
+]
+WRONG = [
+    ("45", "46"),
+    ("45", "-45"),
+    ("45", "45.2"),
+    ("1000", "1001"),  # both whole: no tolerance
+    (r"\frac{1}{2}", r"\frac{1}{3}"),
+    (r"\frac{1}{3}", "0.33"),  # off by more than 1e-3
+    ("1.75", r"1\cdot\frac{3}{4}"),
+    (r"5\sqrt{3}", "8.6"),
+    (r"5\sqrt{3}", "5"),
+    (r"5\sqrt{3}", r"5\sqrt{3} \approx 9.1"),
+    ("21.8", "21.9"),
+    ("21.8", "21.7"),
+    ("5 cm", "5 m"),
+    ("5 cm", r"5\text{ cm}^2"),
+    ("5 m", "500 cm"),
+    ("5 cm", r"5^\circ"),
+    ("12 ft^2", "12 square meters"),
+    (r"45^\circ", r"45\text{ rad}"),
+    ("45", "45 or 46"),
+    ("45", r"45 \text{ or } 46"),
+    ("45", "45 or 45"),
+    ("45", "45, 46"),
+    ("45", "44, 45"),
+    ("45", r"\{45, 46\}"),
+    ("45", "45 46"),
+    ("45", r"45\quad 46"),
+    ("45", r"45 \pm 1"),
+    ("45", r"\pm 45"),
+    ("45", "44=45"),
+    ("45", r"44 \approx 45"),
+    ("45", "x > 45"),
+    ("45", r"x \neq 45"),
+    ("45", "not 45"),
+    ("45", "it is not 45"),
+    ("45", "2x = 45"),
+    ("45", "-x = 45"),
+    ("45", r"\sin x = 45"),
+    ("45", "44-46"),
+    ("45", "--45"),
+    ("45", "x"),
+    ("45", "?"),
+    ("45", "forty-five"),
+    ("45", r"\text{ }"),
+    ("45", r"30 \boxed{45}"),
+    ("45", r"\boxed{45} or \boxed{46}"),
+    ("45", "٤٥"),
+    ("45", "nan"),
+    ("45", "inf"),
+    ("45", r"\infty"),
+    ("45", "45/0"),
+    ("45", "0/0"),
+    ("45", r"\sqrt{-45}"),
+    ("45", "9**9**9"),
+    ("45", "9^{9^{9^{9}}}"),
+    ("45", "45" * 5000),
+    ("45", "45+0*9^9^9^9"),
+    ("45", "0" * 150 + "." + "9" * 150),
+    ("45", "(" * 90 + "45" + ")" * 90),
+    ("45", "{" * 4 + "45" + "}" * 3),
+    ("45", "1e999"),
+    ("45", r"\begin{cases}45\end{cases}"),
+    ("(3, 4)", "(4, 3)"),
+    ("2x+3", "2x-3"),
+    ("2x+3", "9^{9^{9^{9}}}+x"),
+    ("2x+3", "2x+3, 2x-3"),
+    ("2x+3", "((9^{99})^{99})^{99}+x"),
+    ("2x+3", "2^{-10^9}x"),
+    ("2x+3", "2^{9*9*9*9*9*9*9*9*9*9}x"),
+    ("x", "(10^{1000000000})!"),
+    ("B", "A"),
+    ("B", "A or B"),
+]
+
+
+def cases(table: list[tuple[str, str]]) -> list[Any]:
+    return [pytest.param(g, t, id=f"{g}<-{ascii(t)[:40]}") for g, t in table]
+
+
+@pytest.mark.parametrize(("gold", "text"), cases(RIGHT))
+def test_right_answers(gold: str, text: str) -> None:
+    assert geometry.grade(f"So it is \\boxed{{{text}}}.", answer=gold) == Verdict(1.0, 1.0, "right")
+
+
+@pytest.mark.parametrize(("gold", "text"), cases(WRONG))
+def test_wrong_answers(gold: str, text: str) -> None:
+    began = time.monotonic()
+    verdict = geometry.grade(f"So it is \\boxed{{{text}}}", answer=gold)
+    assert verdict in (Verdict(0.1, 0.0, "wrong"), Verdict(0.0, 0.0, "no answer"))
+    assert verdict.reason == "wrong" or text.count("{") != text.count("}")
+    assert time.monotonic() - began < 3.0  # half a second of them is the import of math-verify
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("", "no answer"),
+        ("45", "no answer"),
+        ("It is 45.", "no answer"),
+        (r"\boxed{}", "no answer"),
+        (r"\boxed{ }", "no answer"),
+        (r"\boxed{45", "no answer"),
+        (r"\boxed{44} no, \boxed{45}", "right"),
+        (r"\boxed{45} no, \boxed{44}", "wrong"),
+        (r"\boxed{44}\boxed{45}", "right"),
+        (r"\boxed{44 \boxed{45}", "right"),  # the first stays open
+        (r"\boxed{45}\boxed{", "no answer"),
+        (r"\fbox{45}", "right"),
+        (r"50+85=135\n180-135=45\n\boxed{45}", "right"),
+        (r"<think>\boxed{44}</think>\boxed{45}", "right"),
+        (r"<think>\boxed{45}</think>\boxed{44}", "wrong"),
+        (r"<think>\boxed{45}</think>", "no answer"),
+        (r"<think>\boxed{45}", "unfinished thinking"),
+        (r"\boxed{45}</think>", "no answer"),
+    ],
+)
+def test_where_the_answer_stands(response: str, reason: str) -> None:
+    score = {"right": 1.0, "wrong": 0.1}.get(reason, 0.0)
+    assert geometry.grade(response, answer="45") == Verdict(score, float(reason == "right"), reason)
+
+
+HOSTILE = [
+    "\\boxed{" * 5000,
+    "\\boxed{" * 5000 + "}" * 5000,
+    "\\boxed{" + "\\boxed{" * 3000 + "45" + "}" * 3000 + "6}",
+    "\\boxed{" + "(" * 100_000 + "}",
+    "\\boxed{" + "\\frac{" * 30 + "}" * 31,
+    "\\boxed{" + "\\text{" * 30 + "}" * 31,
+    "\\boxed{" + "-" * 190 + "45}",
+    "\\boxed{" + "\\sqrt" * 39 + "45}",
+    "\\boxed{" + "9^" * 90 + "9}",
+    "\\boxed{((9^64)^64)^64}",
+    "\\boxed{1/(10^-9999)}",
+    "\\boxed{0.1^{999999999}}",
+    "\\boxed{2^{-10^{9}}}",
+    "\\boxed{" + " " * 100_000 + "44}",
+    "\\boxed{" + "a " * 95 + "is}",
+    "\ud800\\boxed{\udfff}",
+    "\x00\\boxed{\x00}",
+    "<think>" * 10_000,
+    "\\boxed{" + "9" * 10_000 + "}",
+]
+
+
+def test_hostile_text_is_graded_here_and_now() -> None:
+    for gold in ("45", r"5\sqrt{3}", "2x+3", "(3, 4)"):
+        for text in HOSTILE:
+            began = time.monotonic()
+            verdict = geometry.grade(text, answer=gold)
+            assert verdict.correct == 0 and verdict.score <= 0.1, (gold, text[:60])
+            assert time.monotonic() - began < 3.0, (gold, text[:60])
+
+
+@pytest.mark.parametrize(("gold", "text"), cases([("10", "10.2"), ("21.8", "22.1"), (r"\sqrt{2}", "1.4")]))
+def test_the_tolerance_is_a_setting(gold: str, text: str) -> None:
+    text = f"\\boxed{{{text}}}"
+    assert geometry.grade(text, answer=gold, tolerance=0.05).correct == 1
+    assert geometry.grade(text, answer=gold).correct == geometry.grade(text, answer=gold, tolerance=0.0).correct == 0
+    assert geometry.grade("\\boxed{11}", answer="10", tolerance=0.2).correct == 0
+    assert geometry.grade(r"\boxed{3}", answer="4", format_score=0.0) == Verdict(0.0, 0.0, "wrong")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with Pool({"geometry": "popo_jax.tasks.geometry:grade"}, workers=1, seconds=5.0) as p:
+        yield p
+
+
+def test_the_same_verdicts_come_from_the_pool(pool: Pool) -> None:
+    jobs = [("geometry", f"\\boxed{{{t}}}", {"answer": g}) for g, t in RIGHT[::3] + WRONG[::3]]
+    jobs += [("geometry", t, {"answer": "45", "tolerance": 0.01, "format_score": 0.0}) for t in HOSTILE]
+    assert pool(jobs) == [geometry.grade(text, **fields) for _, text, fields in jobs]
+
+
+def test_a_run_grades_geometry_in_the_pool() -> None:
+    with Graders(from_dict({"tasks": [{"name": "geometry"}], "verifier": {"workers": 1}})) as grade:
+        assert grade._pool is not None
+        assert [v.reason for v in grade([("geometry", r"\boxed{5 cm}", {"answer": "5"})])] == ["right"]
+
+
+def test_boxes_within_boxes() -> None:
+    for text, inside in (
+        (r"\boxed{\boxed{45}}", "45"),
+        (r"\boxed{30\boxed{45}}", r"30\boxed{45}"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\boxed{}}", ""),
+        ("45", None),
+    ):
+        assert last_box(text) == inside
+
+
+def test_running_out_of_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(_: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(quantities, "read", read)
+    with pytest.raises(MemoryError):
+        geometry.grade(r"\boxed{4}", answer="4")
+
+
+# Prompts, ids, pictures
+
+
+def given(**more: Any) -> dict[str, Any]:
+    images = [{"bytes": b"a picture", "sha256": "0" * 64}]
+    return {"problem": "<image>Find x.", "answer": "45", "instruction": "Box it.", "images": images, **more}
+
+
+def test_prompt_fields_and_id() -> None:
+    p = given()
+    assert geometry.prompt_text(p) == "<image>Find x.\nBox it." and geometry.prompt_text(given(instruction="")) == p["problem"]
+    assert geometry.answer_fields(p) == {"answer": "45"}
+    assert geometry.answer_fields(given(tolerance=0.5, format_score=0.0)) == {
+        "answer": "45",
+        "tolerance": 0.5,
+        "format_score": 0.0,
+    }
+    same = [p, given(instruction=""), given(images=[{"path": "elsewhere", "sha256": "0" * 64}])]
+    others = [given(answer="46"), given(problem="<image>Find y."), given(images=[{"bytes": b"", "sha256": "1" * 64}])]
+    assert len({geometry.problem_id(q) for q in same}) == 1
+    assert len({geometry.problem_id(q) for q in [p, *others, given(images=p["images"] * 2)]}) == 5
+    assert geometry.problem_id(given(problem="\ud800")).startswith("geometry-")
+
+
+def test_an_image_without_a_hash_is_hashed(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"content")
+    at_path, in_memory = ({"path": str(tmp_path / "a.png")}, {"bytes": b"content"})
+    assert geometry.problem_id(given(images=[at_path])) == geometry.problem_id(given(images=[in_memory]))
+    assert geometry.pictures(given(images=[at_path, in_memory])) == [str(tmp_path / "a.png"), b"content"]
+
+
+def small(**more: Any) -> TaskConfig:
+    return TaskConfig("geometry", geometry=GeometryConfig(**{"train_problems": 300, "eval_problems": 60, **more}))
+
+
+def test_generated_problems_are_complete() -> None:
+    train, held_out = get_task("geometry").load(small(tolerance=0.01))
+    assert (len(train), len(held_out)) == (300, 60)
+    for p in [*train, *held_out]:
+        (picture,) = geometry.pictures(p)
+        assert picture.size == (56, 56) and p["problem"].count("<image>") == 1
+        assert geometry.grade(f"\\boxed{{{p['answer']}}}", **geometry.answer_fields(p)).correct == 1
+        assert geometry.answer_fields(p)["tolerance"] == 0.01
+    ids = [{geometry.problem_id(p) for p in side} for side in (train, held_out)]
+    assert len(ids[1]) == 60 and not ids[0] & ids[1]
+
+
+# The teacher
+
+
+def test_the_teacher_of_drawn_figures_shows_its_working_and_slips_as_told() -> None:
+    train, _ = geometry.load(small())
+    rng, said = np.random.default_rng(0), set()
+    for p in train:
+        for right in (0.0, 1.0):
+            text = geometry.teacher_answer(p, rng, right=right)
+            lines = text.split("\n")
+            assert text.isascii() and len(text) <= 50 and lines[-1] == f"\\boxed{{{lines[-2].split('=')[-1]}}}"
+            assert geometry.grade(text, **geometry.answer_fields(p)).reason == ("right" if right else "wrong"), (p, text)
+            said |= {text} if right else set()
+    assert "50+60=110" in geometry.teacher_answer({"work": ("50+60", "180-_")}, rng, right=1.0)
+    assert geometry.teacher_answer({"work": ("50+60", "180-_")}, rng, right=1.0) == "50+60=110\n180-110=70\n\\boxed{70}"
+    assert len(said) > 200
+
+
+def test_the_teacher_is_right_in_its_share() -> None:
+    rng, p = np.random.default_rng(0), {"work": ("50+60", "180-_"), "answer": "70"}
+    texts = [geometry.teacher_answer(p, rng, right=0.3) for _ in range(2000)]
+    assert abs(sum(t.endswith("{70}") for t in texts) / 2000 - 0.3) < 0.045
+    assert {t.startswith("50+60=110") for t in texts if not t.endswith("{70}")} == {True, False}  # either step
+
+
+@pytest.mark.parametrize("answer", ["45", "5 \\sqrt{3}", "21.8"])
+def test_the_teacher_of_given_problems_is_that_of_mathematics(answer: str) -> None:
+    rng, p = np.random.default_rng(0), given(answer=answer)
+    for i in range(50):
+        text = geometry.teacher_answer(p, rng, right=float(i % 2))
+        assert geometry.grade(text, answer=answer).reason == ("right" if i % 2 else "wrong"), text
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tolerance": 1.0}, "geometry.tolerance must lie in [0, 1), got 1.0"),
+        ({"tolerance": float("nan")}, "geometry.tolerance must lie in [0, 1), got nan"),
+        ({"format_score": -0.1}, "geometry.format_score must lie in [0, 1), got -0.1"),
+        ({"eval_problems": 0}, "geometry.eval_problems must be at least 1, got 0"),
+        ({"seed": -1}, "geometry.seed must be at least 0, got -1"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        geometry.load(small(**change))
+
+
+def test_settings_that_are_not_read_are_named() -> None:
+    def unread(**task: Any) -> set[str]:
+        c = rules.resolve(from_dict({"tasks": [{"name": "geometry", **task}]}))
+        return {k.removeprefix("tasks.0.geometry.") for k in rules.unread(c) if k.startswith("tasks.0.geometry.")}
+
+    drawn = {"kinds", "low", "high", "step", "size", "jitter", "train_problems"}
+    assert unread() == {"dataset_name", "train_split", "eval_split"}
+    assert unread(train_file="x.jsonl") == drawn | {"dataset_name", "train_split", "eval_split"}
+    assert unread(geometry={"dataset": "a/b"}) == drawn
+    assert unread(geometry={"dataset": "a/b", "eval_split": "test"}) == drawn | {"eval_problems", "seed"}
+    assert unread(geometry={"dataset": "a/b"}, train_file="x.jsonl") == drawn | {"train_split"}
