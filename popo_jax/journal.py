@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from etils import epath
 
 from popo_jax.rl.rollout import Rollout, overall
 from popo_jax.run_dir import Progress, RunDir
 from popo_jax.runtime.console import Console
 from popo_jax.runtime.writers import Loggers
-from popo_jax.types import FillPlan, Group
+from popo_jax.types import FillPlan, Group, Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +22,8 @@ class Journal:
     loggers: Loggers
     console: Console
     writes: bool = True
+    pictures: Callable[[Sequence[Prompt], epath.Path], list[list[str]]] | None = None
+    """(prompts, folder) -> files in which the images of each can be looked at, written into the folder if they are none."""
 
     def row(self, row: dict[str, float]) -> None:
         if not self.writes:
@@ -32,10 +37,17 @@ class Journal:
         if not self.writes:
             return
         n = progress.step
-        self.run.samples.write(n, samples(rollout))
+        self.run.samples.write(n, samples(rollout) | self._images(rollout))
         self.run.replays.write(n, replays(plan))
         totals = {"rollouts_total": progress.rollouts_total, "tokens_generated_total": progress.tokens_generated_total}
         self.row({"step": n} | totals | overall(rollout.groups) | measured | {"time/step": seconds})
+
+    def _images(self, rollout: Rollout) -> dict[str, list]:
+        """Column `images` of the samples, where the policy sees: files, or names in the run directory."""
+        if self.pictures is None:
+            return {}
+        files = self.pictures(rollout.prompts, self.run.path / "images")
+        return {"images": [f for f, g in zip(files, rollout.groups, strict=True) for _ in g.lengths]}
 
 
 def samples(rollout: Rollout) -> dict[str, list]:

@@ -142,9 +142,10 @@ def _go(
     size = sum(x.size for x in jax.tree.leaves(built.abstract_state.params))
     console.banner(built.split, size, built.model.c.attention, jax.devices(), counts)
     first = peers.index == 0
-    clock, journal = Clock(), Journal(run, Loggers(c.loggers if first else (), run.path, plain.to_plain(c)), console, first)
     shown, decode = sources.shown, policy.tokenizer.decode
-    look = shown.gallery if shown is not None else None
+    look, files = (shown.gallery, shown.files) if shown is not None else (None, None)
+    loggers = Loggers(c.loggers if first else (), run.path, plain.to_plain(c))
+    clock, journal = Clock(), Journal(run, loggers, console, first, files)
     stream = _shared_stream(PromptStream(sources.train, seed=c.seed, look=look), peers)
     grade = _shared_grade(grade, peers)
     choose = start.selection.choose if start.selection is not None else None

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from popo_jax import build, journal, plain, problems, run_dir, train
+from popo_jax import build, journal, plain, problems, run_dir, sft, train
 from popo_jax.build import Built
 from popo_jax.config import Config, from_dict
 from popo_jax.data.selection import Mopps
@@ -40,6 +40,26 @@ BASE: dict[str, Any] = {
     "warm_start": {"steps": 4, "batch": 8},
 }
 TOKENIZER = characters()
+SEES: dict[str, Any] = {
+    "tasks": [
+        {"name": "geometry", "geometry": {"kinds": ["length"], "low": 1, "high": 9, "train_problems": 64, "eval_problems": 16}}
+    ],
+    "model__family": "qwen2_5_vl",
+    "model__vision": {
+        "layers": 2,
+        "width": 16,
+        "heads": 2,
+        "mlp": 24,
+        "patch": 14,
+        "merge": 2,
+        "window": 28,
+        "full_layers": [1],
+        "mrope": [2, 3, 3],
+    },
+}
+"""Settings of a policy with eyes: four tokens of an image, of a window each."""
+SEES["tasks"][0]["geometry"]["instruction"] = ""
+EYES = characters(sees=True)
 
 
 def config(**dotted: Any) -> Config:
@@ -50,6 +70,9 @@ def config(**dotted: Any) -> Config:
 
 def built(c: Config, tokenizer: Tokenizer = TOKENIZER) -> Built:
     shape = dataclasses.replace(c.model, vocab_size=tokenizer.vocab_size)
+    if c.model.sees:
+        shape = sft.fresh_policy(c).model
+        c = problems.with_sizes(c, problems.load(c, tokenizer, shape))
     return build.build(c, shape, eos_ids=tokenizer.eos_ids, mesh=make_mesh(c))
 
 
@@ -73,14 +96,17 @@ def parts(
     """Everything `train.loop` needs; metrics, samples and replays go to `path`."""
     b = built(c, tokenizer) if b is None else b
     clock, run = Clock(), RunDir.at(path)
-    sources = problems.load(c, tokenizer)
+    c, sources = b.c, problems.load(c, tokenizer, b.model.c)
     stream = PromptStream(sources.train, seed=c.seed)
     selection = Mopps(c.selection, seed=c.seed) if c.selection.method == "mopps" else None
     choose = selection.choose if selection is not None else None
-    collect = Collector(c, b.rollout_sampler(), grade, tokenizer.decode, stream, None, choose, Clock)
+    shown = sources.shown
+    scenes = shown.scenes if shown is not None else None
+    collect = Collector(c, b.rollout_sampler(), grade, tokenizer.decode, stream, None, choose, Clock, scenes)
     book = journal.Journal(run, Loggers((), run.path, {}), Console())
     nothing = lambda *_: None  # noqa: E731
-    return train.Parts(c, b, collect, Buffer(c.replay), selection, lambda *_: {}, book, clock, nothing, lambda: False)
+    parts = train.Parts(c, b, collect, Buffer(c.replay), selection, lambda *_: {}, book, clock, nothing, lambda: False)
+    return dataclasses.replace(parts, shown=shown)
 
 
 def by_pattern(steps: list[list[str]], G: int = 4) -> Callable[..., list[Verdict]]:

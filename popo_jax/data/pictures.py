@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 
 from popo_jax import scenes
 from popo_jax.model_config import VisionConfig
@@ -59,6 +60,23 @@ class Eyes:
         assert tuple(map(tuple, got["image_grid_thw"][:, 1:].tolist())) == grids
         return Pixels(np.rint(frames).astype(np.uint8).reshape(-1, K), grids)
 
+    def files(self, problem: Problem, folder: epath.Path, name: str) -> list[str]:
+        """Where each image can be looked at: its own file, else one in `folder`, which is written if it is not there."""
+        known = [folder / f"{name}-{i + 1}.png" for i in range(len(self.grids(problem, name)))]
+        if known and all(path.exists() for path in known):
+            return [f"{folder.name}/{path.name}" for path in known]
+        out = []
+        for i, source in enumerate(self.pictures(problem)):
+            if isinstance(source, str):
+                out.append(source)
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            png = io.BytesIO()
+            _coloured(_opened(source, name), name).save(png, "PNG")
+            known[i].write_bytes(png.getvalue())
+            out.append(f"{folder.name}/{known[i].name}")
+        return out
+
     def _grid(self, size: tuple[int, int], where: str) -> tuple[int, int]:
         width, height = size
         try:
@@ -80,6 +98,9 @@ class Drawn(Protocol):
     @property
     def id(self) -> Callable[[Problem], str]: ...
 
+    @property
+    def eyes(self) -> Eyes | None: ...
+
     def scene(self, problem: Problem, where: str) -> Scene: ...
 
 
@@ -95,6 +116,16 @@ class Gallery:
         self._limit, self._lock = megabytes * 10**6, threading.Lock()
         self.nbytes = 0
 
+    def _find(self, task: str, id: str) -> tuple[Drawn, int]:
+        if (task, id) not in self._found:
+            raise UserError(f"the data of task {task} must have problem {id}, whose picture is to be shown; it has not")
+        return self._found[task, id]
+
+    def files(self, task: str, id: str, folder: epath.Path) -> list[str]:
+        """As `Eyes.files`."""
+        source, i = self._find(task, id)
+        return source.eyes.files(source.problems[i], folder, id) if source.eyes is not None else []
+
     def __call__(self, task: str, id: str) -> Scene:
         """Errors: UserError for an image that cannot be read, or an id that the data does not have."""
         key = (task, id)
@@ -102,9 +133,7 @@ class Gallery:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        if key not in self._found:
-            raise UserError(f"the data of task {task} must have problem {id}, whose picture is to be shown; it has not")
-        source, i = self._found[key]
+        source, i = self._find(task, id)
         made = source.scene(source.problems[i], f"task {task}, problem {i + 1} ({id})")
         with self._lock:
             if key not in self._kept:
@@ -123,6 +152,10 @@ class Shown:
     sizes: Sizes
     """The most that one of them shows."""
     v: VisionConfig
+
+    def files(self, prompts: Sequence[Prompt], folder: epath.Path) -> list[list[str]]:
+        """Where the images of each prompt can be looked at; those that are no files are written into `folder`, once."""
+        return [self.gallery.files(p.task, p.id, folder) for p in prompts]
 
     def scenes(self, prompts: Sequence[Prompt]) -> list[Scene]:
         return [self.gallery(p.task, p.id) for p in prompts]

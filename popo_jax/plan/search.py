@@ -87,12 +87,17 @@ def _settings(p: Plan) -> Iterator[tuple[str, Config]]:
 
 
 def _meshes(p: Plan) -> Iterator[tuple[str, Config]]:
-    c, m = p.c, p.c.mesh
+    """The weights over all chips; and two of them to a row as well, which is first where the sampler does not fit: it has whole
+    weights on each of (data, fsdp)."""
+    c, m, found = p.c, p.c.mesh, []
     if m.fsdp * m.tensor < p.chips:
-        yield f"--mesh.fsdp {p.chips // m.tensor}", replace(c, mesh=replace(m, data=None, fsdp=p.chips // m.tensor))
-    if m.fsdp % 2 == 0 and p.model.kv_heads % (2 * m.tensor) == 0:
-        told = f"--mesh.fsdp {m.fsdp // 2} --mesh.tensor {2 * m.tensor}"
-        yield told, replace(c, mesh=replace(m, fsdp=m.fsdp // 2, tensor=2 * m.tensor))
+        found.append((f"--mesh.fsdp {p.chips // m.tensor}", replace(m, data=None, fsdp=p.chips // m.tensor)))
+    if p.chips % (2 * m.tensor) == 0 and p.model.kv_heads % (2 * m.tensor) == 0:
+        fsdp, tensor = p.chips // (2 * m.tensor), 2 * m.tensor
+        found.append((f"--mesh.fsdp {fsdp} --mesh.tensor {tensor}", replace(m, data=None, fsdp=fsdp, tensor=tensor)))
+    sampled = [program for name, program in p.programs.items() if name != "train"]
+    for told, mesh in found if fit(sampled, p.chip) else found[::-1]:
+        yield told, replace(c, mesh=mesh)
 
 
 def _micros(c: Config, programs: Programs) -> list[int]:
