@@ -77,7 +77,9 @@ def within(c: ModelConfig, mesh: Mesh | None, *, local: bool = False) -> Kernel:
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     splash = c.attention == "splash"
     kernel = partial(_splash if splash else _xla, causal=False, window=None, platform=platform)
-    return kernel if mesh is None or mesh.size == 1 or local or not splash else partial(_spread, kernel, mesh)
+    if mesh is None or mesh.size == 1 or not splash:
+        return kernel
+    return partial(_spread_heads, kernel, mesh) if local else partial(_spread, kernel, mesh)
 
 
 def _xla(
@@ -184,6 +186,13 @@ def _spread(kernel: Kernel, mesh: Mesh, q_BKRTH: Array, k_BKTH: Array, v_BKTH: A
     return jax.shard_map(kernel, mesh=mesh, in_specs=(q, kv, kv, *rows), out_specs=q, check_vma=False)(
         q_BKRTH, k_BKTH, v_BKTH, *segments_BT
     )
+
+
+def _spread_heads(kernel: Kernel, mesh: Mesh, q_BKRTH: Array, k_BKTH: Array, v_BKTH: Array, segments_BT: Array) -> Array:
+    """The same in a program of one shard of the rows, where heads alone are left to be divided."""
+    q, kv = (PartitionSpec(None, *spec[1:]) for spec in specs(q_BKRTH.shape[:3], mesh.shape))
+    how = {"in_specs": (q, kv, kv, PartitionSpec()), "out_specs": q, "axis_names": {"tensor"}, "check_vma": False}
+    return jax.shard_map(kernel, **how)(q_BKRTH, k_BKTH, v_BKTH, segments_BT)
 
 
 def specs(shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[PartitionSpec, PartitionSpec]:
