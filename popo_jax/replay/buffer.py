@@ -36,6 +36,8 @@ class Buffer:
         self.capacity: int = c.capacity
         self._groups: dict[int, Group] = {}
         self._uses: dict[int, int] = {}
+        self.nbytes = 0
+        """Of the groups' arrays. Images are not among them: a group has its prompt's id."""
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -48,11 +50,6 @@ class Buffer:
 
     def __getitem__(self, id: int) -> Group:
         return self._groups[id]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the groups' arrays: what a buffer of fixed capacity is bounded by. Images are not in it, only prompt ids."""
-        return sum(x.nbytes for g in self for x in vars(g).values() if isinstance(x, np.ndarray))
 
     def uses(self, id: int) -> int:
         """How often the group was replayed."""
@@ -124,6 +121,7 @@ class Buffer:
         assert group.logp_behav is not None
         group.logp_behav.flags.writeable = False
         self._groups[group.id], self._uses[group.id] = group, uses
+        self.nbytes += _size(group)
 
     def _evict(self, version: int) -> None:
         """The expired go first, then the worst: with pure recency the oldest version, in it the most used, the last slot."""
@@ -138,6 +136,11 @@ class Buffer:
 
     def _drop(self, group: Group) -> None:
         del self._groups[group.id], self._uses[group.id]
+        self.nbytes -= _size(group)
+
+
+def _size(group: Group) -> int:
+    return sum(x.nbytes for x in vars(group).values() if isinstance(x, np.ndarray))
 
 
 def _cut(logp_start: np.ndarray, group: Group, slot: int) -> np.ndarray:

@@ -212,3 +212,13 @@ def test_a_field_of_another_dtype_is_not_written_quietly():
     put(buffer, [make.group(1, tokens=make.group(1).tokens.astype(np.int64))], at=1)
     with pytest.raises(TypeError, match="int64"):
         buffer.arrays()
+
+
+def test_it_knows_its_size():
+    """What comes in is added, what goes out taken away; a restored one is as large."""
+    buffer = Buffer(make.config(capacity=3))
+    for step in range(6):
+        put(buffer, [make.group(2 * step, version=step), make.group(2 * step + 1, version=step)], at=step + 1)
+        groups = [v for g in buffer for v in vars(g).values() if isinstance(v, np.ndarray)]
+        assert buffer.nbytes == sum(v.nbytes for v in groups) > 0
+    assert len(buffer) == 3 and Buffer.from_arrays(make.config(capacity=3), buffer.arrays()).nbytes == buffer.nbytes
