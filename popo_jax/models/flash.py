@@ -191,8 +191,8 @@ def _spread(kernel: Kernel, mesh: Mesh, q_BKRTH: Array, k_BKTH: Array, v_BKTH: A
 def _spread_heads(kernel: Kernel, mesh: Mesh, q_BKRTH: Array, k_BKTH: Array, v_BKTH: Array, segments_BT: Array) -> Array:
     """The same in a program of one shard of the rows, where heads alone are left to be divided."""
     q, kv = (PartitionSpec(None, *spec[1:]) for spec in specs(q_BKRTH.shape[:3], mesh.shape))
-    how = {"in_specs": (q, kv, kv, PartitionSpec()), "out_specs": q, "axis_names": {"tensor"}, "check_vma": False}
-    return jax.shard_map(kernel, **how)(q_BKRTH, k_BKTH, v_BKTH, segments_BT)
+    divided = jax.shard_map(kernel, in_specs=(q, kv, kv, PartitionSpec()), out_specs=q, axis_names={"tensor"}, check_vma=False)
+    return divided(q_BKRTH, k_BKTH, v_BKTH, segments_BT)
 
 
 def specs(shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[PartitionSpec, PartitionSpec]:

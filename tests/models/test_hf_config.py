@@ -57,8 +57,8 @@ def test_spellings_of_several_versions(tmp_path, changes, field, value):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "gemma"}, "model_type must be one of qwen2, qwen3, llama, mistral, got 'gemma'"),
-        ({"model_type": "absent"}, "model_type must be one of qwen2, qwen3, llama, mistral, got None"),
+        ({"model_type": "gemma"}, "model_type must be one of qwen2, qwen3, llama, mistral, qwen2_5_vl, got 'gemma'"),
+        ({"model_type": "absent"}, "model_type must be one of qwen2, qwen3, llama, mistral, qwen2_5_vl, got None"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
         ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope_type must be one of default, linear, llama3, yarn"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling's factor must be a number above 0, got nothing"),
