@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from popo_jax import cli, launch, restore
+from popo_jax import cli, launch, plain, restore
 from popo_jax.runtime.checkpoints import Checkpoints
 from tests import tiny
 from tests.killable import lucky
@@ -26,14 +26,19 @@ STEPS, EVERY = 8, 2
 VARIANTS = {
     "uniform": {"replay": {"max_uses": 2}},
     "mopps, extra slots": {"replay": {"max_uses": 2, "extra": 2}, "selection": {"method": "mopps", "candidates": 2}},
+    "pictures": {
+        **{k: plain.nest({n.replace("__", "."): v for n, v in tiny.SEES.items()})[k] for k in ("tasks", "model")},
+        "sample": {"max_prompt_tokens": 24, "max_response_tokens": 24, "chunk": 8},
+        "replay": {"max_uses": 2},
+    },
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=[pytest.param(v, marks=pytest.mark.slow if v == "pictures" else ()) for v in VARIANTS])
 def config(tmp_path_factory, request) -> Path:
     folder = tmp_path_factory.mktemp("config")
     os.environ["POPO_CACHE"] = str(folder / "cache")
-    data = tiny.BASE | {"steps": STEPS, "checkpoint": {"every": EVERY, "keep_last": 2}} | VARIANTS[request.param]
+    data = plain.merge(tiny.BASE | {"steps": STEPS, "checkpoint": {"every": EVERY, "keep_last": 2}}, VARIANTS[request.param])
     data["batch"] = {"prompts": 4, "group_size": 4, "mini_batches": 2}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
     return folder / "tiny.yaml"
@@ -62,7 +67,7 @@ def outcome(run: Path) -> tuple[list[np.ndarray], dict[str, np.ndarray], list[di
     with Checkpoints(run / "checkpoints", keep_last=2, keep_best=1) as checkpoints:
         replay = dict(checkpoints.read_replay(STEPS))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in row.items() if not k.startswith(("time/", "cpu/"))} for row in rows]
+    timeless = [{k: v for k, v in row.items() if not k.startswith(("time/", "cpu/", "images/"))} for row in rows]
     return [np.asarray(x) for x in jax.tree.leaves(r.state)], replay, timeless
 
 

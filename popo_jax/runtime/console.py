@@ -94,7 +94,7 @@ def describe(row: Mapping[str, Any]) -> str:
 
     split = " ".join(filter(None, (number(f"time/{k}", k + " {:.2f}") for k in ("sample", "grade", "replay", "update"))))
     parts = [
-        number("eval/accuracy", "held-out {:.1f} %", 100),
+        number("eval/accuracy", "held-out {:.1f} %", 100) + number("eval/blind/accuracy", " (blind {:.1f} %)", 100),
         number("accuracy/train", "train {:.1f} %", 100),
         number("groups/effective", "effective {:.0f} %", 100),
         number("replay/filled", "replayed {:.0f}") + number("replay/age_mean", " (age {:.1f})"),

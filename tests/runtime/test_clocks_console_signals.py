@@ -43,6 +43,7 @@ def test_the_banner_names_the_attention_and_the_rows_at_once(capsys):
 
 def test_the_line_leaves_out_what_is_not_there():
     assert describe({"step": 0, "eval/accuracy": 0.125}) == "held-out 12.5 %"
+    assert describe({"step": 0, "eval/accuracy": 0.5, "eval/blind/accuracy": 0.125}) == "held-out 50.0 % (blind 12.5 %)"
     line = describe(
         {"step": 3, "groups/effective": 0.5, "replay/filled": 16.0, "replay/age_mean": float("nan"), "time/step": 1.0}
     )
