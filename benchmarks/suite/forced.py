@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from popo_jax.models.decoder import DecodeParams, Decoder
 from popo_jax.models.kv_cache import Cache
+from popo_jax.scenes import Images
 
 CERTAIN = 60.0
 """Log-odds that stand for a probability of 1."""
@@ -33,15 +34,26 @@ class Forced(Decoder):
     """Probability that the j-th token is the end token, given that none before was; 1 at the response limit."""
 
     def prefill(
-        self, decode_params: DecodeParams, tokens: Int[Array, "B S"], start: Int[Array, " B"], capacity: int
+        self,
+        decode_params: DecodeParams,
+        tokens: Int[Array, "B S"],
+        start: Int[Array, " B"],
+        capacity: int,
+        images: Images | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        logits, cache = super().prefill(decode_params, tokens, start, capacity)
+        logits, cache = super().prefill(decode_params, tokens, start, capacity, images)
         return self._ending(logits, jnp.zeros_like(start)), cache
 
     def decode(
-        self, decode_params: DecodeParams, cache: Cache, token: Int[Array, " B"], slot: Int[Array, ""], start: Int[Array, " B"]
+        self,
+        decode_params: DecodeParams,
+        cache: Cache,
+        token: Int[Array, " B"],
+        slot: Int[Array, ""],
+        start: Int[Array, " B"],
+        shift: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        logits, cache = super().decode(decode_params, cache, token, slot, start)
+        logits, cache = super().decode(decode_params, cache, token, slot, start, shift)
         return self._ending(logits, slot - start - self.prompt + 1), cache
 
     def _ending(self, logits_BV: Array, j_B: Array) -> Any:

@@ -281,7 +281,7 @@ def _prefill(
     start: Array,
     row: Array,
     key: jax.Array,
-    images: Images | None,
+    images: Images | None = None,
     *,
     model: Decoder,
     c: Decoding,

@@ -256,7 +256,7 @@ CASES = {
     "sampler": [f"sampler/{x}" for x in ("prefill", "decode", "whole", "equal", "uniform")],
     "replay": ["replay/fill", "replay/assemble", "replay/store"],
     "verifiers": [f"verifiers/{task}{kind}" for task in ("countdown", "arithmetic", "math") for kind in ("", "_hostile")]
-    + ["verifiers/math_worked"],
+    + ["verifiers/math_worked", "verifiers/geometry", "verifiers/geometry_hostile"],
     "checkpoint": ["checkpoint/save", "checkpoint/restore"],
     "loop": ["loop/grpo", "loop/popo"],
 }
