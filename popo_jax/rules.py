@@ -178,6 +178,10 @@ def _broken_rules(c: Config) -> Iterator[str]:
 def _broken_vision(m: ModelConfig) -> Iterator[str]:
     v = m.vision
     rules = (
+        (
+            m.rope_scaling.kind == "none",
+            f"model.rope_scaling.kind must be none with model.family qwen2_5_vl, got {m.rope_scaling.kind}",
+        ),
         (m.attention_bias, "model.attention_bias must be true with model.family qwen2_5_vl, which has biases, got false"),
         (
             v.width % v.heads == 0 and v.width // v.heads % 4 == 0,

@@ -89,6 +89,7 @@ def cache_key(c: Config, fresh: Policy) -> str:
     prints = problems.asked(problems.load(c, fresh.tokenizer, fresh.model))
     parts: Sequence[Any] = (plain.to_plain(lora.without(c.model)), tasks, plain.to_plain(c.warm_start), c.row_tokens)
     identity = [FORMAT, fresh.tokenizer.fingerprint(), prints, *parts]
+    identity += [plain.to_plain(fresh.model.vision)] if fresh.model.sees else []  # images.min_pixels and max_pixels are in it
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

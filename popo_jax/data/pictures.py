@@ -188,14 +188,17 @@ def _opened(source: Any, where: str) -> Any:
     try:
         Image.MAX_IMAGE_PIXELS = None  # ours is the limit, and it has a sentence
         picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except (OSError, ValueError, SyntaxError) as e:
+        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # a phone's photo and its preview
+    except MemoryError:
+        raise
+    except Exception as e:  # a broken file has Pillow raise whatever it comes upon
         got = f"a file of {len(source)} bytes" if isinstance(source, bytes) else str(source)
         raise UserError(f"{where} must be a picture that Pillow opens, got {got}: {type(e).__name__}") from e
     width, height = picture.size
     if width * height > MOST_PIXELS:
         raise UserError(f"{where} must have at most {MOST_PIXELS} pixels, got {width} x {height}")
-    if (n := getattr(picture, "n_frames", 1)) > 1:
-        raise UserError(f"{where} must be one picture, got an animation of {n}")
+    if frames > 1:
+        raise UserError(f"{where} must be one picture, got an animation of {frames}")
     if picture.mode not in PLAIN + CLEAR:
         raise UserError(f"{where} must have 8 bits a colour, got mode {picture.mode}")
     return picture
@@ -208,7 +211,9 @@ def _coloured(picture: Any, where: str) -> Any:
     try:
         picture.load()
         picture = ImageOps.exif_transpose(picture)
-    except (OSError, ValueError, SyntaxError, EOFError) as e:
+    except MemoryError:
+        raise
+    except Exception as e:
         raise UserError(f"{where} must be a whole picture, got one that cannot be decoded: {e}") from e
     if picture.mode in CLEAR:
         picture = picture.convert("RGBA")

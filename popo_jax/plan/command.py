@@ -13,11 +13,12 @@ from rich.console import Console
 
 import popo_jax.policy as policies
 from popo_jax.config import Config
-from popo_jax.data.tokenizer import characters
+from popo_jax.data.tokenizer import VISION, characters
 from popo_jax.model_config import ModelConfig
 from popo_jax.models import hf_config
 from popo_jax.models.hub import locate
 from popo_jax.plan import report, search
+from popo_jax.task_config import PICTURED
 
 MARGIN = 1.25
 """Times the windows that an image would fill if its sides were whole windows."""
@@ -39,7 +40,7 @@ def command(c: Config, topology: str, *, shape: str | None, as_json: bool) -> No
 
 def _with_images(c: Config, model: ModelConfig, say: Callable[[str], None]) -> Config:
     """With the sizes of images, which training takes from its data, as large as `images.max_pixels` and the prompt allow."""
-    if not model.sees or (c.images.max_tokens and c.images.max_windows):
+    if not model.sees or not any(t.name in PICTURED for t in c.tasks) or (c.images.max_tokens and c.images.max_windows):
         return c
     v = policies.scaled(model.vision, c)
     tokens = c.images.max_tokens or min(v.max_pixels // v.cell**2, c.sample.max_prompt_tokens)
@@ -55,4 +56,7 @@ def _shape(c: Config, shape: str | None) -> ModelConfig:
         return hf_config.read_config(path.parent if path.name == "config.json" else path)
     if c.policy.path is not None:
         return hf_config.read_config(locate(c.policy.path))
-    return c.model if c.model.vocab_size is not None else replace(c.model, vocab_size=characters().vocab_size)
+    tokenizer = characters(sees=c.model.sees)
+    model = c.model if c.model.vocab_size is not None else replace(c.model, vocab_size=tokenizer.vocab_size)
+    image = tokenizer.core.token_to_id(VISION[1]) if c.model.sees else None
+    return replace(model, vision=replace(model.vision, image_token=image))

@@ -15,6 +15,7 @@ from popo_jax.config import Config
 from popo_jax.model_config import ModelConfig
 from popo_jax.scenes import Images, Sizes
 from popo_jax.sharding import BATCH
+from popo_jax.task_config import PICTURED
 
 Params = Any
 
@@ -68,8 +69,8 @@ def abstract_batch(c: Config, model: ModelConfig) -> Batch:
 def sizes_of(c: Config, model: ModelConfig) -> Sizes | None:
     """The most that a row shows, `images.max_windows` and `images.max_tokens`; None: the policy reads text alone, or is asked
     in text alone."""
-    i = c.images
-    return Sizes(i.max_windows, i.max_tokens) if model.sees and i.max_windows and i.max_tokens else None
+    i, pictured = c.images, any(t.name in PICTURED for t in c.tasks)
+    return Sizes(i.max_windows, i.max_tokens) if model.sees and pictured and i.max_windows and i.max_tokens else None
 
 
 class TrainState(NamedTuple):
