@@ -38,6 +38,10 @@ def export(
         policy = replace(policy, model=replace(policy.model, param_dtype=dtype))
     if adapter and policy.model.lora.rank is None:
         raise UserError(f"--adapter wants a run with model.lora.rank, got {run}, which trained every weight")
+    if adapter and policy.model.sees:  # PEFT would name its layers otherwise, and find none of ours
+        raise UserError(
+            f"--adapter is of policies that read text alone: leave it out for merged weights, got family qwen2_5_vl ({run})"
+        )
     if adapter:
         peft.save(partial, restored.state.params, policy.model, base=restored.c.policy.path)
         policy.tokenizer.save(partial)

@@ -187,3 +187,15 @@ def test_text_tasks_and_pictures_go_together(tmp_path):
     assert any(s.any() and not s.all() for s in shown), "no batch had both"
     assert all(r["mismatch/mean"] < 1e-5 for r in rows(tmp_path))
     assert dataclasses.asdict(c)["steps"] == 2
+
+
+def test_an_adapter_that_peft_would_not_find_is_not_written(run, tmp_path, monkeypatch):
+    from popo_jax import export, restore
+
+    r = restore.restore(run, None)
+    model = dataclasses.replace(r.policy.model, lora=dataclasses.replace(r.policy.model.lora, rank=4))
+    lora = dataclasses.replace(r, policy=dataclasses.replace(r.policy, model=model))
+    monkeypatch.setattr(export.restore, "restore", lambda *_: lora)
+    with pytest.raises(UserError, match="--adapter is of policies that read text alone"):
+        export.export(run, tmp_path / "out", None, adapter=True)
+    assert not (tmp_path / "out").exists()
