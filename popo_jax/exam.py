@@ -149,7 +149,8 @@ def open_exams(a: EvalArgs, subject: Subject) -> list[Exam]:
 
 
 def _exam(name: str, suite: suites.Suite | None, a: EvalArgs, subject: Subject) -> Exam:
-    c, tokenizer, data = subject.c, subject.policy.tokenizer, None if a.data is None else str(a.data)
+    tokenizer, data = subject.policy.tokenizer, None if a.data is None else str(a.data)
+    c = replace(subject.c, images=replace(subject.c.images, max_tokens=None, max_windows=None))  # as this data needs them
     task = name if suite is None else "math"
     base = next((t for t in c.tasks if t.name == task), None) if subject.run is not None else None
     n = a.problems
@@ -157,11 +158,14 @@ def _exam(name: str, suite: suites.Suite | None, a: EvalArgs, subject: Subject) 
         columns = {"problem": a.problem_column, "answer": a.answer_column}
         config = suites.config(base or TaskConfig("math"), suite, data, **columns)
         found = problems.load_all(config, c, tokenizer, subject.policy.model)
+    elif name == "geometry" and data is not None:
+        config = base or TaskConfig("geometry")
+        config = replace(config, train_file=data, eval_file=None, geometry=replace(config.geometry, dataset=None))
+        found = problems.load_all(config, c, tokenizer, subject.policy.model)
     else:
         if a.problem_column or a.answer_column:
             raise UserError(f"--problem-column and --answer-column go with a suite, or math and --data, got task {name}")
         config = replace(base or TaskConfig(name), **({} if data is None else {"eval_file": data}))  # type: ignore[arg-type]
-        c = c if base is not None else replace(c, images=replace(c.images, max_tokens=None, max_windows=None))
         found = problems.load(replace(c, tasks=(config,)), tokenizer, subject.policy.model)
         if n is None and base is not None and data is None:
             n = math.ceil(c.eval.problems / len(c.tasks))

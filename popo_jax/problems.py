@@ -19,10 +19,11 @@ from popo_jax.data.tokenizer import Tokenizer
 from popo_jax.model_config import ModelConfig
 from popo_jax.scenes import Sizes
 from popo_jax.task_config import TaskConfig
-from popo_jax.tasks import get_task, mathematics
+from popo_jax.tasks import geometry, get_task, mathematics
 from popo_jax.tasks.pool import Job
 from popo_jax.types import UserError, Verdict
 
+UNDIVIDED = {"math": mathematics.load_all, "geometry": geometry.load_all}
 GradeFn = Callable[[Sequence[Job]], list[Verdict]]
 
 
@@ -53,10 +54,10 @@ def load(c: Config, tokenizer: Tokenizer, model: ModelConfig | None = None) -> P
 
 
 def load_all(config: TaskConfig, c: Config, tokenizer: Tokenizer, model: ModelConfig | None = None) -> Problems:
-    """Every problem of a mathematics file or data set, undivided, as held out. Errors: UserError, as `load`."""
+    """Every problem of a file or data set of a task that takes them (`UNDIVIDED`), as held out. Errors: UserError, as `load`."""
     chat = _chat(c, tokenizer, model)
-    source, _ = _source(config, mathematics.load_all(config), _origin(config) or config.name, c, chat)
-    return Problems((), (source,), None)
+    source, needed = _source(config, UNDIVIDED[config.name](config), _origin(config) or config.name, c, chat)
+    return Problems((), (source,), _shown((source,), [needed] if needed else [], c, chat))
 
 
 def with_sizes(c: Config, problems: Problems) -> Config:

@@ -23,7 +23,7 @@ GREY = 127
 
 
 class Images(NamedTuple):
-    """What a batch of rows sees. On the host numpy, on devices jax arrays, split by rows."""
+    """What a batch of rows sees. On the host numpy, or `Repeated`; on devices jax arrays, split by rows."""
 
     patches: Any
     """uint8 [B, N, K]: colour, row and column of the pixels of a patch."""
@@ -33,6 +33,37 @@ class Images(NamedTuple):
     """int32 [B, F]: which cell (merge^2 patches, in order) becomes the row's next image token; NOWHERE beyond the last."""
     position: Any
     """int32 [B, T, 3]: time, row and column of every token, as the decoder's rotary positions take them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Repeated:
+    """An array [B, ..] on the host, of rows that occur more than once: each is held once, and an index makes copies."""
+
+    held: np.ndarray
+    """[S, ..]."""
+    row: np.ndarray
+    """int [B]: which of those held each row is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.row), *self.held.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.held.dtype
+
+    def ordered(self, order: np.ndarray) -> Repeated:
+        """Row i of the result is row order[i]; nothing is copied."""
+        return Repeated(self.held, self.row[order])
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """As of a numpy array: `index` of rows, or a tuple that begins with it."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        rows = self.row[first]
+        return self.held[rows][(slice(None),) * np.ndim(rows) + tuple(rest)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.held[self.row], dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from popo_jax import cli, problems, sft, train
+from popo_jax import cli, exam, problems, sft, train
 from popo_jax.sampling import sampler as sampling
 from popo_jax.scenes import blind
 from popo_jax.types import UserError
 from tests import tiny
+from tests.killable import lucky
 from tests.test_train import MIXED, TABLE, rows, spied
 
 pytest.importorskip("PIL")
@@ -157,6 +158,27 @@ def test_what_is_exported_answers_in_transformers_as_here(run, tmp_path):
         theirs = got[0, ids.shape[1] :].numpy()
         np.testing.assert_array_equal(ours.tokens[i][ours.sampled_mask[i]], theirs[: ours.sampled_mask[i].sum()])
     assert transformers.AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<|image_pad|>") == image
+
+
+def test_a_file_of_pictures_is_an_examination_of_a_run_and_of_its_export(run, tmp_path, monkeypatch, capsys):
+    """Larger pictures than those of the run's own problems, too."""
+    from PIL import Image
+
+    for i, side in enumerate((28, 56, 84)):
+        Image.new("RGB", (side, side), ("red", "white", "blue")[i]).save(tmp_path / f"{i}.png")
+    asked = [{"problem": "How long?", "answer": str(i), "images": [f"{i}.png"]} for i in (0, 1, 2, 0)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(p) + "\n" for p in asked))
+    monkeypatch.setattr(exam, "Graders", lucky)
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    how = ["--task", "geometry", "--data", str(tmp_path / "data.jsonl"), "--k", "2", "--greedy", "True"]
+    limits = ["--max-prompt-tokens", "160", "--max-response-tokens", "6"]
+    given = []
+    for model, name in ((run, "a"), (tmp_path / "out", "b")):
+        assert cli.main(["eval", str(model), *how, *limits, "--out", str(tmp_path / name)]) == 0, capsys.readouterr().err
+        lines = [(tmp_path / name / f).read_text().splitlines() for f in ("answers.jsonl", "greedy.jsonl")]
+        given.append([[json.loads(x)["problem"] for x in part] for part in lines])
+    assert [len(x) for x in given[0]] == [6, 3], "one problem occurs twice"
+    assert len(set(given[0][1])) == 3 and given[0] == given[1]
 
 
 def test_grey_pictures_are_other_pictures(run):

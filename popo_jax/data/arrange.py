@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from popo_jax.config import Config
+from popo_jax.scenes import Repeated
 
 
 def arrange(rows: Mapping[str, Any], c: Config) -> tuple[dict[str, Any], np.ndarray]:
@@ -36,7 +37,9 @@ def arrange(rows: Mapping[str, Any], c: Config) -> tuple[dict[str, Any], np.ndar
 
 def _ordered(rows: Any, order: np.ndarray) -> Any:
     """An array, or a tuple of them such as `Images`."""
-    return type(rows)(*(x[order] for x in rows)) if isinstance(rows, tuple) else rows[order]
+    if isinstance(rows, tuple):
+        return type(rows)(*(_ordered(x, order) for x in rows))
+    return rows.ordered(order) if isinstance(rows, Repeated) else rows[order]
 
 
 def put_back(values: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from etils import epath
 
 from popo_jax import scenes
 from popo_jax.model_config import VisionConfig
-from popo_jax.scenes import Images, Pixels, Scene, Sizes
+from popo_jax.scenes import Images, Pixels, Repeated, Scene, Sizes
 from popo_jax.types import Group, Prompt, UserError
 
 MOST_PIXELS = 2**26
@@ -161,9 +161,11 @@ class Shown:
         return [self.gallery(p.task, p.id) for p in prompts]
 
     def rows(self, groups: Sequence[Group], T: int, rows: int) -> Images:
-        """Of each response of some groups, a row of T tokens each, the rest of `rows` like the first."""
-        each = [self.gallery(g.task, g.prompt_id) for g in groups for _ in g.lengths]
-        return scenes.lay_out(each + each[:1] * (rows - len(each)), self.sizes, T, self.v)
+        """Of each response of some groups, a row of T tokens each, the rest of `rows` like the first; held once a group."""
+        held = scenes.lay_out([self.gallery(g.task, g.prompt_id) for g in groups], self.sizes, T, self.v)
+        of = np.repeat(np.arange(len(groups)), [len(g.lengths) for g in groups])
+        of = np.concatenate([of, np.zeros(rows - len(of), of.dtype)])
+        return Images(*(Repeated(x, of) for x in held))
 
 
 def largest(found: Iterable[Sequence[tuple[int, int]]], v: VisionConfig) -> Sizes:

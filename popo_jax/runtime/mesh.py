@@ -93,15 +93,22 @@ def divide_cpu(n: int) -> None:
 
 
 def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
-    """Host arrays, the same on every process, onto the mesh by `specs`: one for all, or a tree of them."""
+    """Host arrays, the same on every process, onto the mesh by `specs`: one for all, or a tree of them.
+
+    What has a shape and gives its part at an index, but is no array, is never made whole here.
+    """
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    if not mesh.is_multi_process:
-        return jax.device_put(tree, shardings)
+    kinds = () if mesh.is_multi_process else (np.ndarray, np.generic, jax.Array)  # given away as they are
 
     def own_parts(sharding: NamedSharding, part: Any) -> Any:
-        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), part)
+        def placed(x: Any) -> Any:
+            whole = isinstance(x, kinds)
+            return x if whole else jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(own_parts, shardings, tree)
+        return jax.tree.map(placed, part)
+
+    tree = jax.tree.map(own_parts, shardings, tree)
+    return tree if mesh.is_multi_process else jax.device_put(tree, shardings)
 
 
 def whole(tree: Any) -> Any:

@@ -129,8 +129,17 @@ def load(config: TaskConfig) -> Split:
         if not test:
             raise UserError(f"geometry.{name} must {expected}, got {getattr(c, name)}")
     train, held_out = geometry_data.read(config, problem_id) or figures.generate(c)
-    shared = {"instruction": c.instruction, "tolerance": c.tolerance, "format_score": c.format_score}
-    return [p | shared for p in train], [p | shared for p in held_out]
+    return [p | _shared(c) for p in train], [p | _shared(c) for p in held_out]
+
+
+def load_all(config: TaskConfig) -> list[dict[str, Any]]:
+    """All problems of `train_file` or the data set, undivided: an evaluation's. Errors: as `load`."""
+    return [p | _shared(config.geometry) for p in geometry_data.read_all(config, problem_id)]
+
+
+def _shared(c: GeometryConfig) -> dict[str, Any]:
+    """What is the same for every problem of a config."""
+    return {"instruction": c.instruction, "tolerance": c.tolerance, "format_score": c.format_score}
 
 
 def teacher_answer(problem: Problem, rng: np.random.Generator, *, right: float) -> str:

@@ -32,6 +32,20 @@ def read(config: TaskConfig, problem_id: Callable[[Mapping[str, Any]], str]) -> 
     return sources.read(config, config.geometry, _problems, problem_id, prepare=undecoded)
 
 
+def read_all(config: TaskConfig, problem_id: Callable[[Mapping[str, Any]], str]) -> list[Row]:
+    """Every problem of the training source, in order; of those that occur twice the first. For evaluation alone.
+
+    Errors: UserError, also if the config names no source.
+    """
+    source = sources.table(config, config.train_file, config.geometry, config.geometry.train_split, undecoded)
+    if source is None:
+        raise UserError("expected a file or a data set of geometry problems, got neither")
+    found: dict[str, Row] = {}
+    for p in _problems(*source):
+        found.setdefault(problem_id(p), p)
+    return list(found.values())
+
+
 def undecoded(table: Any) -> Any:
     """A data set whose columns of images give files as they are, not decoded."""
     from datasets import Image, Sequence
