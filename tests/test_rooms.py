@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "popo_jax"
-FLOOR = {"types", "scenes", "config", "model_config", "task_config", "plain", "rules", "eval_args"}
+FLOOR = {"types", "health", "scenes", "config", "model_config", "task_config", "plain", "rules", "eval_args"}
 NUMERICS = {"ops", "sharding"}
 TRAINING = {"rl", "sampling", "models", *NUMERICS}
 WIRING = {"problems", "policy", "build", "data", "tasks", "runtime", "run_dir", *TRAINING}
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
+    "health": set(),
     "scenes": set(),
     "plain": set(),
     "config": set(),
@@ -44,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "restore": WIRING,
     "journal": {"runtime", "run_dir", "rl"},
     "costs": set(),
+    "report": set(),
     "plan": {"costs", "split", *WIRING},
     "sft": WIRING,
     "evaluate": WIRING,
@@ -55,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 NO_JAX = [
     "types",
+    "health",
     "scenes",
     "plain",
     "config",
@@ -75,6 +78,8 @@ NO_JAX = [
     "tasks.countdown",
     "replay.buffer",
     "replay.fill",
+    "report.read",
+    "report.frame",
 ]
 
 
