@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from etils import epath
 
+from popo_jax.evaluate import Answers
+from popo_jax.health import Watch
 from popo_jax.rl.rollout import Rollout, overall
 from popo_jax.run_dir import Progress, RunDir
 from popo_jax.runtime.console import Console
+from popo_jax.runtime.machine import Meter
 from popo_jax.runtime.writers import Loggers
 from popo_jax.types import FillPlan, Group, Prompt
 
@@ -24,6 +27,9 @@ class Journal:
     writes: bool = True
     pictures: Callable[[Sequence[Prompt], epath.Path], list[list[str]]] | None = None
     """(prompts, folder) -> files in which the images of each can be looked at, written into the folder if they are none."""
+    watch: Watch = field(default_factory=Watch)
+    """Has seen the rows that are there."""
+    meter: Meter = field(default_factory=lambda: Meter({}))
 
     def row(self, row: dict[str, float]) -> None:
         if not self.writes:
@@ -31,6 +37,13 @@ class Journal:
         self.run.metrics.append(row)
         self.loggers.log(int(row["step"]), row)
         self.console.row(row)
+        for crossing in self.watch.see(row):
+            self.console.warn(int(row["step"]), crossing.sentence, crossing.rule.advice)
+
+    def evaluation(self, step: int, found: Answers) -> None:
+        """Every answer to a held-out problem after `step` updates."""
+        if self.writes:
+            self.run.evaluations.write(step, evaluated(found))
 
     def step(self, progress: Progress, rollout: Rollout, plan: FillPlan, measured: dict[str, float], seconds: float) -> None:
         """Row n speaks of the state after n updates; samples and replays of step n are what update n was made from."""
@@ -40,7 +53,7 @@ class Journal:
         self.run.samples.write(n, samples(rollout) | self._images(rollout))
         self.run.replays.write(n, replays(plan))
         totals = {"rollouts_total": progress.rollouts_total, "tokens_generated_total": progress.tokens_generated_total}
-        self.row({"step": n} | totals | overall(rollout.groups) | measured | {"time/step": seconds})
+        self.row({"step": n} | totals | overall(rollout.groups) | measured | self.meter.take() | {"time/step": seconds})
 
     def _images(self, rollout: Rollout) -> dict[str, list]:
         """Column `images` of the samples, where the policy sees: files, or names in the run directory."""
@@ -58,7 +71,33 @@ def samples(rollout: Rollout) -> dict[str, list]:
             values = (group.id, row, prompt.task, prompt.id, prompt.text, *_graded(group, row), group.signal)
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
-    return columns
+    of = [p for g, p in zip(rollout.groups, rollout.prompts, strict=True) for _ in g.lengths]
+    return columns | slices(of)
+
+
+def slices(prompts: Sequence[Prompt]) -> dict[str, list]:
+    """Columns slice/NAME of rows that answer these prompts; None where a prompt's task names no such column."""
+    names = sorted({name for p in prompts for name in p.slices})
+    return {f"slice/{name}": [p.slices.get(name) for p in prompts] for name in names}
+
+
+def evaluated(a: Answers) -> dict[str, list]:
+    """Columns of evaluations/NNNNNN.parquet: every answer to a held-out problem, `sample` its number among the problem's."""
+    k = a.correct.shape[1]
+    of = [a.prompts[i // k] for i in range(len(a.texts))]
+    columns: dict[str, list] = {
+        "task": [p.task for p in of],
+        "prompt_id": [p.id for p in of],
+        "prompt": [p.text for p in of],
+        "sample": [i % k for i in range(len(of))],
+        "text": list(a.texts),
+        "score": [float(v.score) for v in a.verdicts],
+        "correct": a.correct.ravel().astype(float).tolist(),
+        "reason": [v.reason for v in a.verdicts],
+        "response_tokens": a.lengths.tolist(),
+        "ended": a.ended.tolist(),
+    }
+    return columns | slices(of)
 
 
 _SAMPLE_COLUMNS = (

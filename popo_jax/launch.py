@@ -19,6 +19,7 @@ from popo_jax.config import Config
 from popo_jax.data.chat import dated
 from popo_jax.data.selection import Mopps
 from popo_jax.data.stream import PromptStream
+from popo_jax.health import Watch
 from popo_jax.journal import Journal
 from popo_jax.policy import Policy
 from popo_jax.problems import GradeFn
@@ -29,6 +30,7 @@ from popo_jax.run_dir import Progress, RunDir, digest, versions
 from popo_jax.runtime.checkpoints import Checkpoints
 from popo_jax.runtime.clocks import Clock
 from popo_jax.runtime.console import Console
+from popo_jax.runtime.machine import Meter, session
 from popo_jax.runtime.mesh import make_mesh, place
 from popo_jax.runtime.peers import Peers
 from popo_jax.runtime.signals import stop_wish
@@ -145,13 +147,18 @@ def _go(
     shown, decode = sources.shown, policy.tokenizer.decode
     look, files = (shown.gallery, shown.files) if shown is not None else (None, None)
     loggers = Loggers(c.loggers if first else (), run.path, plain.to_plain(c))
-    clock, journal = Clock(), Journal(run, loggers, console, first, files)
+    clock, watch, meter = Clock(), Watch(), Meter() if peers.count == 1 else Meter({})
+    for row in run.metrics.rows():
+        watch.see(row)
+    journal = Journal(run, loggers, console, first, files, watch, meter)
+    if first:
+        run.began(session(start.progress.step, code=run_dir.code_version(), source=versions()["source code"]))
     stream = _shared_stream(PromptStream(sources.train, seed=c.seed, look=look), peers)
     grade = _shared_grade(grade, peers)
     choose = start.selection.choose if start.selection is not None else None
     scenes = shown.scenes if shown is not None else None
     collect = Collector(c, built.rollout_sampler(), grade, decode, stream, reference, choose, Clock, scenes)
-    score = _evaluator(c, built, policy, sources, grade, clock)
+    score = _evaluator(c, built, policy, sources, grade, clock, journal)
     with stop_wish() as wish, _checkpoints(c, run) as checkpoints, console:
 
         def save(state: TrainState, progress: Progress, accuracy: float | None) -> None:
@@ -241,24 +248,27 @@ def _selection(c: Config) -> Mopps | None:
 
 
 def _evaluator(
-    c: Config, built: Built, policy: Policy, sources: problems.Problems, grade: GradeFn, clock: Clock
+    c: Config, built: Built, policy: Policy, sources: problems.Problems, grade: GradeFn, clock: Clock, journal: Journal
 ) -> Callable[[Params, int], dict[str, float]]:
     prompts = evaluate.held_out(sources.held_out, c.eval.problems)
     sampler = built.sampler(samples=c.eval.samples, temperature=c.eval.temperature, top_p=c.eval.top_p)
 
     scenes = None if sources.shown is None else sources.shown.scenes(prompts)
 
-    def asked(params: Params, step: int, scenes: Sequence[Scene] | None) -> dict[str, float]:
-        how = {"seed": c.seed, "version": step, "scenes": scenes}
-        return evaluate.accuracy(evaluate.answer(params, prompts, sampler, policy.tokenizer.decode, grade, **how))  # type: ignore[arg-type]
+    def asked(params: Params, step: int, scenes: Sequence[Scene] | None) -> evaluate.Answers:
+        how: dict[str, Any] = {"seed": c.seed, "version": step, "scenes": scenes}
+        return evaluate.answer(params, prompts, sampler, policy.tokenizer.decode, grade, **how)
 
     def score(params: Params, step: int) -> dict[str, float]:
         jax.block_until_ready(params)
         with clock("eval"):
-            seen = asked(params, step, scenes)
+            found = asked(params, step, scenes)
+            journal.evaluation(step, found)
+            seen = evaluate.accuracy(found)
             if scenes is None or not c.images.blind_eval:
                 return seen
-            return seen | {"eval/blind/accuracy": asked(params, step, [blind(s) for s in scenes])["eval/accuracy"]}
+            blinded = evaluate.accuracy(asked(params, step, [blind(s) for s in scenes]))
+            return seen | {"eval/blind/accuracy": blinded["eval/accuracy"]}
 
     return score
 

@@ -82,7 +82,11 @@ def _source(
         if chat.vision is None:
             raise UserError(f"task {config.name} has pictures: the policy must be of family qwen2_5_vl, got one of text alone")
         eyes = Eyes(chat.vision, pictures, getattr(task, "picture_sizes", None))
-    source = Source(config.name, config.weight, problems, task.prompt_text, task.problem_id, task.answer_fields, chat, eyes)
+    for name in config.slices:
+        if not any(name in p for p in problems):
+            raise UserError(f"{where} must have a column {name} (slices of task {config.name}), got {', '.join(problems[0])}")
+    how = (task.prompt_text, task.problem_id, task.answer_fields, chat, eyes)
+    source = Source(config.name, config.weight, problems, *how, config.slices)
     return source, source.check(c.sample.max_prompt_tokens, where)
 
 

@@ -1,6 +1,7 @@
 """The run directory: what a run leaves on disk, how it is opened anew or resumed, and what a checkpoint must agree with.
 
-RUN/config.yaml  metrics.jsonl  samples/  replays/  checkpoints/N/  policy/  summary.json  discarded/
+RUN/config.yaml  sessions.jsonl  metrics.jsonl  samples/  replays/  evaluations/  checkpoints/N/  policy/  summary.json
+discarded/
 """
 
 from __future__ import annotations
@@ -48,11 +49,18 @@ class RunDir:
     metrics: MetricsFile
     samples: ParquetFiles
     replays: ParquetFiles
+    evaluations: ParquetFiles
 
     @classmethod
     def at(cls, path: epath.PathLike) -> RunDir:
         path = epath.Path(path)
-        return cls(path, MetricsFile(path / "metrics.jsonl"), ParquetFiles(path / "samples"), ParquetFiles(path / "replays"))
+        steps = (ParquetFiles(path / name) for name in ("samples", "replays", "evaluations"))
+        return cls(path, MetricsFile(path / "metrics.jsonl"), *steps)
+
+    def began(self, session: Mapping[str, Any]) -> None:
+        """A row of sessions.jsonl: the trainer was started."""
+        with (self.path / "sessions.jsonl").open("a") as f:
+            f.write(json.dumps(session) + "\n")
 
     def rewind(self, step: int) -> None:
         """Rows, files and checkpoints beyond `step` move to discarded/."""
@@ -63,7 +71,12 @@ class RunDir:
             target.mkdir(parents=True)
             for p in sorted(later, key=lambda p: -int(p.name)):
                 p.rename(target / p.name)
-        for writer in (self.metrics, self.samples, self.replays):  # after the checkpoints, which say what must be there
+        for writer in (
+            self.metrics,
+            self.samples,
+            self.replays,
+            self.evaluations,
+        ):  # after the checkpoints, which say what must be there
             writer.rewind(step, discarded)
 
 

@@ -84,7 +84,7 @@ def fresh_policy(c: Config) -> Policy:
 
 def cache_key(c: Config, fresh: Policy) -> str:
     """Hash of model, tokenizer, tasks, limits and warm-start settings (its seed among them)."""
-    others = {*TASK_NAMES, "verifier"}
+    others = {*TASK_NAMES, "verifier", "slices"}
     tasks = [{k: v for k, v in plain.to_plain(t).items() if k == t.name or k not in others} for t in c.tasks]
     prints = problems.asked(problems.load(c, fresh.tokenizer, fresh.model))
     parts: Sequence[Any] = (plain.to_plain(lora.without(c.model)), tasks, plain.to_plain(c.warm_start), c.row_tokens)

@@ -122,6 +122,9 @@ class TaskConfig:
     """Your own instead of the task's: "my_module:grade", importable from the current directory or PYTHONPATH. Called as
     grade(response, **answer fields) in a worker process; answers a popo_jax.types.Verdict, a number in [0, 1] (score and
     correct both), or a pair (score, correct)."""
+    slices: tuple[str, ...] = ()
+    """Columns of the data (level, topic, language, source) that samples/ and evaluations/ carry on, so that `popo report` tells
+    what was trained on and who gained. Generated problems have: countdown `size`, arithmetic `signs`, geometry `kind`."""
     countdown: CountdownConfig = CountdownConfig()
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     math: MathConfig = MathConfig()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +38,8 @@ class Prompt:
     """Keyword fields of the task's `grade`."""
     begun: str = ""
     """What of the response stands in `text` already: `grade` reads it before what was sampled."""
+    slices: Mapping[str, str] = field(default_factory=dict)
+    """Values of the columns that the task's config names (`slices`)."""
 
 
 @dataclass(frozen=True, eq=False)

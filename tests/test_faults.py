@@ -73,7 +73,7 @@ def assert_others_ended(started: list[subprocess.Popen[str]], victim: int, logs:
 
 
 def timeless(run: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if not k.startswith(("time/", "cpu/"))} for r in rows(run)]
+    return [{k: v for k, v in r.items() if not k.startswith(("time/", "cpu/", "energy/"))} for r in rows(run)]
 
 
 def test_a_run_whose_processes_are_killed_five_times_is_the_unbroken_run(config):

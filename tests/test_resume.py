@@ -67,7 +67,7 @@ def outcome(run: Path) -> tuple[list[np.ndarray], dict[str, np.ndarray], list[di
     with Checkpoints(run / "checkpoints", keep_last=2, keep_best=1) as checkpoints:
         replay = dict(checkpoints.read_replay(STEPS))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in row.items() if not k.startswith(("time/", "cpu/", "images/"))} for row in rows]
+    timeless = [{k: v for k, v in row.items() if not k.startswith(("time/", "cpu/", "energy/", "images/"))} for row in rows]
     return [np.asarray(x) for x in jax.tree.leaves(r.state)], replay, timeless
 
 

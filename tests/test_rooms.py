@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "policy": {"models", "data"},
     "run_dir": {"runtime"},
     "restore": WIRING,
-    "journal": {"runtime", "run_dir", "rl"},
+    "journal": {"runtime", "run_dir", "rl", "evaluate"},
     "costs": set(),
     "report": set(),
     "plan": {"costs", "split", *WIRING},

@@ -34,6 +34,8 @@ class Source:
     chat: Chat
     eyes: Eyes | None = None
     """For a task with pictures."""
+    slices: tuple[str, ...] = ()
+    """Columns that prompts carry on."""
 
     def text(self, problem: Mapping[str, Any]) -> str:
         """What the policy reads; an image's tokens stand there once."""
@@ -46,7 +48,7 @@ class Source:
         if self.eyes is not None:
             where = f"task {self.task}, problem {id_}"
             tokens = self._spread(tokens, self.eyes.grids(problem, where), where)
-        return Prompt(id_, self.task, text, tokens, self.answer(problem), begun)
+        return Prompt(id_, self.task, text, tokens, self.answer(problem), begun, {k: _value(problem.get(k)) for k in self.slices})
 
     def scene(self, problem: Mapping[str, Any], where: str) -> Scene:
         """What the prompt shows, laid out for its tokens; of a task without pictures nothing. Errors: UserError."""
@@ -80,6 +82,11 @@ class Source:
         times = np.ones(len(tokens), np.int64)
         times[at] = [scenes.cells(g, v) for g in grids]
         return np.repeat(tokens, times)
+
+
+def _value(x: Any) -> str:
+    """Of a column, as a slice is named; "none" where a row has none."""
+    return "none" if x is None else ", ".join(map(str, x)) if isinstance(x, (list, tuple)) else str(x)
 
 
 class PromptStream:

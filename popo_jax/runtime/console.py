@@ -9,6 +9,7 @@ from typing import Any
 
 import rich.console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from popo_jax.config import Config
@@ -76,6 +77,10 @@ class Console:
         if "eval/accuracy" in row or (self._live is None and now - self._last >= EVERY):
             self._out.print(f"step {row['step']:>4}  {line}", markup=False)
             self._last = now
+
+    def warn(self, step: int, sentence: str, advice: str) -> None:
+        """A line of health was crossed. It stays on the screen."""
+        self._out.print(f"[bold yellow]step {step:>4}  worry:[/bold yellow] {escape(sentence)}. Try: {escape(advice)}")
 
     def summary(self, summary: Mapping[str, Any], path: Any) -> None:
         first, last = 100 * summary["eval/accuracy/first"], 100 * summary["eval/accuracy/last_two"]

@@ -122,7 +122,8 @@ def _problem(i: int, c: ArithmeticConfig) -> files.Row:
         i, sign = divmod(i, len(c.operators))
         i, number = divmod(i, c.high - c.low + 1)
         parts += [c.operators[sign], c.low + number]
-    return {"expression": "".join(map(str, parts)), "value": _value(parts)}
+    signs = "".join(sorted({str(p) for p in parts[1::2]}))
+    return {"expression": "".join(map(str, parts)), "value": _value(parts), "signs": signs}
 
 
 def _value(parts: list[Any]) -> int:

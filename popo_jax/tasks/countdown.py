@@ -142,7 +142,7 @@ def load(config: TaskConfig) -> files.Split:
     """Training and held-out problems, from files where given, else generated; no key on both sides. Errors: UserError."""
     train, held_out = files.split(config, lambda taken: generate(config.countdown, taken), read, key)
     prompt = {"prompt": config.countdown.prompt}
-    return [p | prompt for p in train], [p | prompt for p in held_out]
+    return [{"size": len(p["nums"])} | p | prompt for p in train], [{"size": len(p["nums"])} | p | prompt for p in held_out]
 
 
 def read(path: epath.PathLike) -> list[files.Row]:

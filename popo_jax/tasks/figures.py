@@ -92,7 +92,7 @@ def _problem(c: GeometryConfig, kind: str, family: int, values: Values, moves: n
     if c.jitter:
         spec["move"] = [*moves.integers(-c.jitter, c.jitter + 1, 3).tolist(), c.jitter]
     work = f.work(labels)
-    return {"problem": TEXT, "answer": str(worked(work)[1]), "images": [{"draw": spec}], "work": work}
+    return {"problem": TEXT, "answer": str(worked(work)[1]), "images": [{"draw": spec}], "work": work, "kind": kind}
 
 
 def worked(work: Sequence[str], *, slip: int = 0, at: int = -1) -> tuple[str, int]:

@@ -41,7 +41,7 @@ def read_all(config: TaskConfig, problem_id: Callable[[Mapping[str, Any]], str])
     if source is None:
         raise UserError("expected a file or a data set of geometry problems, got neither")
     found: dict[str, Row] = {}
-    for p in _problems(*source):
+    for p in sources.carried(_problems, config.slices)(*source):
         found.setdefault(problem_id(p), p)
     return list(found.values())
 

@@ -46,7 +46,8 @@ def read_all(config: TaskConfig, problem_id: Callable[[Mapping[str, Any]], str])
     if source is None:
         raise UserError("expected a file or a data set of mathematics problems, got neither")
     found: dict[str, Row] = {}
-    for p in _problems(*source, c=config.math, checked=config.verifier is None):
+    problems = partial(_problems, c=config.math, checked=config.verifier is None)
+    for p in sources.carried(problems, config.slices)(*source):
         found.setdefault(problem_id(p), p)
     return list(found.values())
 

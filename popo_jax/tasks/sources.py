@@ -32,6 +32,7 @@ def read(
     With one source, `c.eval_problems` are held out, those whose seeded hash of the id is lowest; a problem that occurs
     twice is on one side. Errors: UserError, also if two sources share problems.
     """
+    problems = carried(problems, config.slices)
     train = table(config, config.train_file, c, c.train_split, prepare)
     held_out = table(config, config.eval_file, c, c.eval_split, prepare)
     if train is None:
@@ -45,6 +46,16 @@ def read(
     if shared:
         raise UserError(f"{held_out[0]} must hold no problem of {name}, got {shared} of {len(others)} in both")
     return found, others
+
+
+def carried(problems: Problems, slices: Sequence[str]) -> Problems:
+    """`problems` that keep the columns `slices` of their rows."""
+
+    def read(name: str, table: Iterable[tuple[str, Row]]) -> list[Row]:
+        table = list(table)
+        return [{k: row[k] for k in slices if k in row} | p for p, (_, row) in zip(problems(name, table), table, strict=True)]
+
+    return read
 
 
 def table(config: TaskConfig, file: str | None, c: Settings, split: str | None, prepare: Prepare | None = None) -> Table | None:
