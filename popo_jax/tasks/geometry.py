@@ -40,8 +40,9 @@ def grade(
     """Is what stands in the response's last \\boxed{} the `answer`?
 
     Score 1: "right". `format_score`: a box that is not empty, but "wrong". 0: "no answer", "unfinished thinking". Numbers may
-    have any usual form, and units, which must agree where both state one; up to `tolerance` of relative error if one of them
-    is not a whole number or a fraction. Several candidates are wrong. Errors: MemoryError.
+    have any usual form, up to `tolerance` of relative error if one of them is not a whole number or a fraction. Units are
+    converted where both state one; where the answer has none, as in Geometry3k, any unit will do. Several candidates are wrong.
+    Errors: MemoryError.
     """
     _, text = split_thinking(response)
     if text is None:

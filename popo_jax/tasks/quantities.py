@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+from popo_jax.tasks import units
+from popo_jax.tasks.units import Number, Unit
+
 MAX_LENGTH, MAX_DEPTH, MAX_BITS = 200, 16, 4096
 """Characters of an answer; brackets open at once; size of a whole number on the way."""
-
-Number = Fraction | float
-"""A fraction where the value is known exactly."""
-Unit = tuple[str, float, int]
-"""What it measures, how large it is beside others of its kind, and its power: square metres are ("length", 1.0, 2)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,9 @@ _SIGNS = str.maketrans(
     | {"\u2220": r"\angle ", "\u25b3": r"\triangle ", "\u03b8": r"\theta ", "\u03b1": r"\alpha ", "\u03b2": r"\beta "}
 )
 """Degrees, minus, times, by, blanks, the root, pi, powers, common fractions, names of angles."""
+_FONT = (
+    r"\\(?:text(?:rm|bf|it|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal)|operatorname|[mh]box|rm|bf|it|sf|tt)\s*\{([^{}]*)\}"
+)
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.ASCII), to)
     for pattern, to in (
@@ -54,7 +54,10 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:left|right|displaystyle|big|Big|bigl|bigr)(?![A-Za-z])", ""),
         (r"\\[()\[\]]|\$", " "),
         (r"\\[,;:! ]|\\q?quad(?![A-Za-z])|~", " "),
-        (r"\\(?:text|mathrm|textrm|textbf|mathbf|textit|mathit|operatorname|mbox|rm)\s*\{([^{}]*)\}", r" \1 "),
+        (_FONT, r" \1 "),
+        (_FONT, r" \1 "),
+        (r"\{\s*\\(?:rm|bf|it|sf|tt)(?![A-Za-z])([^{}]*)\}", r" \1 "),
+        (r"\\(?:rm|bf|it|sf|tt)(?![A-Za-z])", " "),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:times|cdot|ast)(?![A-Za-z])", "*"),
         (r"\\div(?![A-Za-z])", "/"),
@@ -68,42 +71,15 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<![\d.,/^}])(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"(\1+\2/\3)"),
     )
 )
-"""In order. The last are mixed numbers: 1 3/4 and 1\\frac{3}{4} are more than one."""
+"""In order. A font within a font takes two passes. The last are mixed numbers: 1 3/4 and 1\\frac{3}{4} are more than one."""
 _SAYING = r"is|equals|about|approximately|approx\.?|roughly"
 _WORDS = re.compile(rf"\s*(?:(?!.*\bnot\b)[A-Za-z\\ ]{{0,60}}\b(?:{_SAYING})\s)?\s*", re.ASCII | re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z\\{}_'() ]+")
 _INDEX = re.compile(r"\\?angle\s*\d+|_\s*\{?\s*\d+\s*\}?", re.ASCII)
-_ARGUMENT = re.compile(r"\\(?:sin|cos|tan)\s*[\d.]+\s*$", re.ASCII)
-"""What a degree sign behind it belongs to."""
 _FUNCTIONS = re.compile(r"\\(?:sin|cos|tan|sqrt|frac|pi|log|ln)")
 _NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*(?![\d,])|\.\d+(?![\d,])", re.ASCII)
 _DECIMAL = re.compile(r"[-+]?[\d,]*\.(\d+)", re.ASCII)
 _TOKEN = re.compile(rf"\s*({_NUMBER.pattern}|\\[A-Za-z]+|deg(?![A-Za-z])|[-+*/^(){{}}\[\]])", re.ASCII)
-
-_LENGTHS = {
-    **dict.fromkeys(("mm", "millimeter", "millimetre"), 0.001),
-    **dict.fromkeys(("cm", "centimeter", "centimetre"), 0.01),
-    **dict.fromkeys(("dm", "decimeter", "decimetre"), 0.1),
-    **dict.fromkeys(("m", "meter", "metre"), 1.0),
-    **dict.fromkeys(("km", "kilometer", "kilometre"), 1000.0),
-    **dict.fromkeys(("in", "inch", "inches"), 0.0254),
-    **dict.fromkeys(("ft", "foot", "feet"), 0.3048),
-    **dict.fromkeys(("yd", "yard"), 0.9144),
-    **dict.fromkeys(("mi", "mile"), 1609.344),
-}
-_UNITS: Mapping[str, tuple[str, float]] = {
-    **{name: ("length", size) for name, size in _LENGTHS.items()},
-    **dict.fromkeys(("deg", "degree"), ("angle", 1.0)),
-    **dict.fromkeys(("rad", "radian"), ("angle", 180 / math.pi)),
-    "%": ("share", 0.01),
-    "unit": ("", 0.0),  # says nothing
-}
-_NAMES = "|".join(sorted((re.escape(n) for n in _UNITS), key=len, reverse=True))
-_POWER = r"\^?\s*\{?\s*([23])\s*\}?|(squared|cubed)"
-_UNIT = re.compile(
-    rf"(?<![A-Za-z\\])(?:(sq|square|cu|cubic)\b\.?\s*)?(?P<name>{_NAMES})(?:s|es)?\.?\s*(?:{_POWER})?\s*$",
-    re.ASCII | re.IGNORECASE,
-)
 
 
 def read(text: str) -> tuple[Quantity, ...]:
@@ -136,12 +112,7 @@ def normal(text: str) -> str:
 
 def _quantity(text: str) -> Quantity:
     text = text[found.end() :] if (found := _WORDS.match(text)) else text
-    unit, tail = None, _UNIT.search(text)
-    if tail and not _ARGUMENT.search(text[: tail.start()]):
-        text, (kind, size) = text[: tail.start()], _UNITS[_singular(tail["name"])]
-        power = {"2": 2, "3": 3, "squared": 2, "cubed": 3}.get((tail[3] or tail[4] or "").lower(), 1)
-        power = {"s": 2, "c": 3}.get((tail[1] or " ")[0].lower(), power)
-        unit = (kind, size, power) if kind else None
+    text, unit = units.cut(text)
     text = text.strip()
     decimal = _DECIMAL.fullmatch(text.replace(" ", ""))
     return Quantity(_Reader(text).whole(), len(decimal[1]) if decimal else None, unit)
@@ -281,17 +252,26 @@ def bounded(value: Number) -> Number:
 
 
 def same(found: Quantity, gold: Quantity, tolerance: float) -> bool:
-    """Is `found` the gold quantity? Units must agree where both state one.
+    """Is `found` the gold quantity? Where both state a unit, `found` is converted, and must measure the same thing.
 
-    Two fractions must be equal. Otherwise the relative error may be up to `tolerance`, and a decimal gold is also met by what
-    rounds to it at its number of digits.
+    Where only one states a unit, any will do: the answers of Geometry3k have none. Two fractions must be equal. Otherwise the
+    relative error may be up to `tolerance`, and a decimal gold is also met by what rounds to it at its number of digits.
     """
-    if found.unit and gold.unit and found.unit != gold.unit:
+    scale = units.factor(found.unit, gold.unit)
+    if scale is None:
         return False
-    if all(isinstance(q.value, Fraction) and q.decimals is None for q in (found, gold)):
-        return found.value == gold.value
-    v, g = float(found.value), float(gold.value)
+    value, exact = found.value * scale, isinstance(gold.value, Fraction) and gold.decimals is None
+    if exact and isinstance(value, Fraction) and found.decimals is None:
+        return value == gold.value
+    v, g = _float(value), _float(gold.value)
     allowed = max(tolerance, 1e-9) * abs(g)
     if gold.decimals is not None:
         allowed = max(allowed, 0.5 * 10.0**-gold.decimals * (1 + 1e-9))
     return abs(v - g) <= allowed
+
+
+def _float(value: Number) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
