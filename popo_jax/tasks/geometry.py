@@ -39,10 +39,14 @@ def grade(
 ) -> Verdict:
     """Is what stands in the response's last \\boxed{} the `answer`?
 
-    Score 1: "right". `format_score`: a box that is not empty, but "wrong". 0: "no answer", "unfinished thinking". Numbers may
-    have any usual form, up to `tolerance` of relative error if one of them is not a whole number or a fraction. Units are
-    converted where both state one; where the answer has none, as in Geometry3k, any unit will do. Several candidates are wrong.
-    Errors: MemoryError.
+    Score 1: "right". `format_score`: a box that is not empty, but "wrong", or "not worked out". 0: "no answer", "unfinished
+    thinking". Numbers may have any usual form, and up to `tolerance` of relative error if one of them is not a whole number or a
+    fraction. Units are converted where
+    both state one; where the answer has none, as in Geometry3k, any unit will do. Several candidates are wrong.
+
+    In "a = b \\approx c" names do not count, and the first number that is worked out decides. The others must agree with the
+    first (`quantities.agrees`). "not worked out": none of them is, as in 180-60-50, though the answer is; whatever its value. An
+    unreduced fraction such as 6/2 is worked out. Errors: MemoryError.
     """
     _, text = split_thinking(response)
     if text is None:
@@ -50,7 +54,8 @@ def grade(
     box = last_box(text)
     if box is None or not box.strip():
         return Verdict(0.0, 0.0, "no answer")
-    return Verdict(1.0, 1.0, "right") if _meets(box, answer, tolerance) else Verdict(format_score, 0.0, "wrong")
+    reason = _compared(box, answer, tolerance)
+    return Verdict(1.0, 1.0, reason) if reason == "right" else Verdict(format_score, 0.0, reason)
 
 
 def last_box(text: str) -> str | None:
@@ -69,11 +74,21 @@ def last_box(text: str) -> str | None:
     return found
 
 
-def _meets(text: str, answer: str, tolerance: float) -> bool:
+def _compared(text: str, answer: str, tolerance: float) -> str:
+    """ "right", "wrong", "not worked out"."""
     gold = quantities.read(answer)
-    if gold:
-        found = quantities.read(text)
-        return bool(found) and all(quantities.same(q, gold[0], tolerance) for q in found)
+    if not gold:
+        return "right" if _equivalent(text, answer) else "wrong"
+    found = quantities.read(text)
+    worked = [q for q in found if q.worked or not gold[0].worked]
+    if found and not worked:
+        return "not worked out"
+    agreed = all(quantities.agrees(q, found[0], tolerance) for q in found[1:])
+    return "right" if worked and agreed and quantities.same(worked[0], gold[0], tolerance) else "wrong"
+
+
+def _equivalent(text: str, answer: str) -> bool:
+    """Of an answer that is no number."""
     text, answer = quantities.normal(text), quantities.normal(answer)
     if text == answer or not text or not _harmless(text) or (_LISTED.search(text) and not _LISTED.search(answer)):
         return text == answer != ""

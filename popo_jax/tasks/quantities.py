@@ -1,8 +1,11 @@
-"""Numbers as people write answers: decimals, fractions, roots, pi, degrees, units, "x =" in front. Read strictly and bounded.
+"""Numbers as people write answers: decimals, fractions, roots, pi, units, beside names such as "x =". Read strictly and bounded.
 
     sum = product (("+" | "-") product)*    product = power (("*" | "/") power | power)*    power = ("+" | "-")? atom ("^" atom)?
     atom = number | pi | \\frac a b | \\sqrt[n] a | sin, cos, tan of an atom, which may be in degrees | "(" sum ")" | "{" sum "}"
 Two numbers side by side, words such as "or", a sign such as "\\pm", and characters of unknown meaning make no number.
+
+A sum, product, quotient or power of plain numbers is not worked out, as in 180-60 or 2 \\cdot 3\\sqrt{2}. Worked out are 6/2, a
+fraction of whole numbers whether it is reduced or not, 1 3/4, 4.5 \\times 10^3, 5\\sqrt{3}/2, 12\\pi - 8, \\sqrt{16}.
 """
 
 from __future__ import annotations
@@ -26,6 +29,10 @@ class Quantity:
     decimals: int | None
     """Digits after the point of a decimal number; None for anything else."""
     unit: Unit | None
+    worked: bool = True
+    """No operation on plain numbers is left to do."""
+    approximate: bool = False
+    """It stands behind a sign such as \\approx."""
 
 
 class Unreadable(ValueError):
@@ -49,7 +56,7 @@ _FONT = (
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.ASCII), to)
     for pattern, to in (
-        (r"\\begin\{\w*\}|\\end\{\w*\}", r"\\unknown "),
+        (r"\\begin\{\w*\}|\\end\{\w*\}|\\mixed(?![A-Za-z])", r"\\unknown "),
         (r"(?<=\d)(?:\\[,;!:]|\{,\})(?=\d{3}(?!\d))", ","),
         (r"\\(?:left|right|displaystyle|big|Big|bigl|bigr)(?![A-Za-z])", ""),
         (r"\\[()\[\]]|\$", " "),
@@ -66,17 +73,22 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<![A-Za-z\\])(sqrt|pi|sin|cos|tan)(?![A-Za-z])", r"\\\1 "),
         (r"\\(?:approx|simeq|sim|thickapprox|doteq)(?![A-Za-z])", "≈"),
         (r"\*\*", "^"),
-        (r"(?<![\d.,/^}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"(\1+\2/\3)"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"(?<![\d.,/^}])(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"(\1+\2/\3)"),
     )
 )
-"""In order. A font within a font takes two passes. The last are mixed numbers: 1 3/4 and 1\\frac{3}{4} are more than one."""
+"""In order. A font within a font takes two passes."""
+_MIXED = tuple(
+    re.compile(r"(?<![\d.,/^}])(\d+)" + fraction, re.ASCII)
+    for fraction in (r"\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+)
+"""1 3/4 and 1\\frac{3}{4} are more than one."""
 _SAYING = r"is|equals|about|approximately|approx\.?|roughly"
 _WORDS = re.compile(rf"\s*(?:(?!.*\bnot\b)[A-Za-z\\ ]{{0,60}}\b(?:{_SAYING})\s)?\s*", re.ASCII | re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z\\{}_'() ]+")
-_INDEX = re.compile(r"\\?angle\s*\d+|_\s*\{?\s*\d+\s*\}?", re.ASCII)
-_FUNCTIONS = re.compile(r"\\(?:sin|cos|tan|sqrt|frac|pi|log|ln)")
+_INDEX = re.compile(r"\\?angle\s*\d+|(?<=[A-Za-z}')])\s*_\s*\{?\s*\d+\s*\}?", re.ASCII)
+_NO_NAME = re.compile(
+    r"\\(?:sin|cos|tan|sqrt|frac|pi|log|ln)|\\(?:unknown|infty|pm|mp|neq?|[lg](?:eq?|t)|not)(?![A-Za-z])|\bnot\b", re.IGNORECASE
+)
 _NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*(?![\d,])|\.\d+(?![\d,])", re.ASCII)
 _DECIMAL = re.compile(r"[-+]?[\d,]*\.(\d+)", re.ASCII)
 _TOKEN = re.compile(rf"\s*({_NUMBER.pattern}|\\[A-Za-z]+|deg(?![A-Za-z])|[-+*/^(){{}}\[\]])", re.ASCII)
@@ -89,43 +101,51 @@ def read(text: str) -> tuple[Quantity, ...]:
 
 @lru_cache(maxsize=4096)
 def _read(text: str) -> tuple[Quantity, ...]:
-    text = normal(text)
-    if not text:
-        return ()
-    first, *rest = re.split(r"[=≈]", text)
-    named = bool(rest) and (not first.strip() or bool(_NAME.fullmatch(_INDEX.sub("", first)) and not _FUNCTIONS.search(first)))
+    first, *rest = re.split(r"([=≈])", normal(text, r"\\mixed{\1}{\2}{\3}"))
+    parts = [("", first), *zip(rest[::2], rest[1::2], strict=True)]
+    if rest:
+        parts = [(sign, part) for sign, part in parts if not _is_name(part) and (sign or part.strip())]
     try:
-        return tuple(_quantity(part) for part in (rest if named else [first, *rest]))
+        return tuple(_quantity(part, sign == "≈") for sign, part in parts)
     except (Unreadable, ArithmeticError, ValueError):  # division by zero, a root of a negative number, an overflow
         return ()
 
 
-def normal(text: str) -> str:
+def _is_name(text: str) -> bool:
+    text = _INDEX.sub("x", text).strip()
+    return bool(_NAME.fullmatch(text) and not _NO_NAME.search(text))
+
+
+def normal(text: str, mixed: str = r"(\1+\2/\3)") -> str:
     """The text in a plainer notation, without LaTeX's spacing and fonts; empty if it is longer than MAX_LENGTH."""
     if len(text) > MAX_LENGTH:
         return ""
     text = text.translate(_SIGNS)
     for pattern, to in _REWRITES:
         text = pattern.sub(to, text)
+    for pattern in _MIXED:
+        text = pattern.sub(mixed, text)
     return " ".join(text.split()).removesuffix(".").strip()
 
 
-def _quantity(text: str) -> Quantity:
+def _quantity(text: str, approximate: bool) -> Quantity:
     text = text[found.end() :] if (found := _WORDS.match(text)) else text
     text, unit = units.cut(text)
-    text = text.strip()
-    decimal = _DECIMAL.fullmatch(text.replace(" ", ""))
-    return Quantity(_Reader(text).whole(), len(decimal[1]) if decimal else None, unit)
-
-
-def _singular(name: str) -> str:
-    return name.lower() if name.lower() in _UNITS else name.lower().removesuffix("s")
+    decimal = _DECIMAL.fullmatch(text.strip().replace(" ", ""))
+    reader = _Reader(text.strip())
+    value = reader.whole()
+    return Quantity(value, len(decimal[1]) if decimal else None, unit, reader.worked, approximate)
 
 
 class _Reader:
-    """Reads one text; what is not in the grammar, or grows too large, is Unreadable."""
+    """Reads one text; what is not in the grammar, or grows too large, is Unreadable.
+
+    A plain number is one whose value is a Fraction. `_form` is how the last part was written: a "whole" number or a "decimal"
+    one, a "ten" with a power, or "", anything else.
+    """
 
     def __init__(self, text: str):
+        self.worked, self._form = True, ""
         self._text, self._tokens, self._at, self._depth = text, [], 0, 0
         position = 0
         while position < len(text):
@@ -153,24 +173,44 @@ class _Reader:
 
     def _sum(self) -> Number:
         value = self._product()
+        plain = isinstance(value, Fraction)
         while self._peek() in ("+", "-"):
             sign = self._take()
             other = self._product()
+            self._free(not (plain and isinstance(other, Fraction)))
+            plain |= isinstance(other, Fraction)
             value = bounded(value + other if sign == "+" else value - other)
         return value
 
     def _product(self) -> Number:
         value = self._power()
+        above, below = self._factor(value), ""
         while token := self._peek():
             if token in ("*", "/"):
                 self._take()
-                other = self._power()
-                value = bounded(value * other if token == "*" else value / other)
-            elif token[0] in "\\({":
-                value = bounded(value * self._power())
-            else:  # the end of the product, or a number after a factor, which the end of the text refuses
+            elif token[0] not in "\\({":  # the end of the product, or a number after a factor, which the end of the text refuses
                 break
+            other = self._power()
+            form = self._factor(other)
+            if token == "/":
+                self._free(not (form and below))
+                below, value = below or form, bounded(value / other)
+            else:
+                self._free(not (form and above))
+                above, value = above or form, bounded(value * other)
+            self._free(not (above and below) or above == below == "whole")
         return value
+
+    def _factor(self, value: Number) -> str:
+        """How a plain factor is written; empty for one that may stand beside any other."""
+        if not isinstance(value, Fraction) or self._form == "ten":
+            return ""
+        return self._form or "other"
+
+    def _free(self, free: bool) -> None:
+        """An operation ends. Not free: it should have been worked out."""
+        self.worked &= free
+        self._form = ""
 
     def _power(self) -> Number:
         sign = -1 if self._peek() == "-" else 1
@@ -179,7 +219,10 @@ class _Reader:
         base = self._atom()
         if self._peek() == "^":
             self._take()
+            ten = self._form == "whole" and base == 10
             base = _raised(base, self._atom())
+            self._free(ten or not isinstance(base, Fraction))
+            self._form = "ten" if ten else ""
         return sign * base
 
     def _atom(self) -> Number:
@@ -187,25 +230,38 @@ class _Reader:
         if self._depth > MAX_DEPTH:
             raise Unreadable
         token = self._take()
+        form = ""
         match token:
             case "(" | "{":
                 value = self._sum()
                 self._take(")" if token == "(" else "}")
+                form = self._form
             case r"\pi":
                 value = math.pi
             case r"\frac":
-                top = self._atom()
-                value = top / self._atom()
+                value = self._fraction()
+            case r"\mixed":
+                value = self._atom()
+                value += self._fraction()
             case r"\sqrt":
                 value = self._root()
             case r"\sin" | r"\cos" | r"\tan":
                 value = self._trigonometric(token)
             case _ if _NUMBER.fullmatch(token):
-                value = Fraction(token.replace(",", ""))
+                value, form = Fraction(token.replace(",", "")), "decimal" if "." in token else "whole"
             case _:
                 raise Unreadable
         self._depth -= 1
+        self._form = form
         return bounded(value)
+
+    def _fraction(self) -> Number:
+        top = self._atom()
+        above = self._factor(top)
+        bottom = self._atom()
+        below = self._factor(bottom)
+        self._free(not (above and below) or above == below == "whole")
+        return top / bottom
 
     def _root(self) -> Number:
         degree: Number = Fraction(2)
@@ -266,8 +322,25 @@ def same(found: Quantity, gold: Quantity, tolerance: float) -> bool:
     v, g = _float(value), _float(gold.value)
     allowed = max(tolerance, 1e-9) * abs(g)
     if gold.decimals is not None:
-        allowed = max(allowed, 0.5 * 10.0**-gold.decimals * (1 + 1e-9))
+        allowed = max(allowed, _half(gold.decimals))
     return abs(v - g) <= allowed
+
+
+def agrees(later: Quantity, first: Quantity, tolerance: float) -> bool:
+    """May `later` be equated with `first`? They are the same, or it is approximate, and `first` within half its last digit."""
+    if same(later, first, tolerance):
+        return True
+    scale, digits = units.factor(first.unit, later.unit), later.decimals
+    if digits is None and isinstance(later.value, Fraction) and later.value.denominator == 1:
+        digits = 0
+    if not later.approximate or scale is None or digits is None:
+        return False
+    return abs(_float(first.value * scale) - _float(later.value)) <= _half(digits)
+
+
+def _half(decimals: int) -> float:
+    """Half a unit of the last of so many digits after the point."""
+    return 0.5 * 10.0**-decimals * (1 + 1e-9)
 
 
 def _float(value: Number) -> float:

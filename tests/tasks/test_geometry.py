@@ -19,7 +19,7 @@ from popo_jax.tasks.geometry import last_box
 from popo_jax.tasks.graders import Graders
 from popo_jax.tasks.pool import Pool
 from popo_jax.types import UserError, Verdict
-from tests.tasks.geometry_answers import HOSTILE, RIGHT, WRONG
+from tests.tasks.geometry_answers import HOSTILE, RIGHT, UNDONE, WRONG
 
 
 def cases(table: list[tuple[str, str]]) -> list[Any]:
@@ -38,6 +38,11 @@ def test_wrong_answers(gold: str, text: str) -> None:
     assert verdict in (Verdict(0.1, 0.0, "wrong"), Verdict(0.0, 0.0, "no answer"))
     assert verdict.reason == "wrong" or text.count("{") != text.count("}")
     assert time.monotonic() - began < 3.0  # half a second of them is the import of math-verify
+
+
+@pytest.mark.parametrize(("gold", "text"), cases(UNDONE))
+def test_work_that_is_left_to_do_is_refused(gold: str, text: str) -> None:
+    assert geometry.grade(f"So it is \\boxed{{{text}}}", answer=gold) == Verdict(0.1, 0.0, "not worked out")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,7 @@ def pool() -> Iterator[Pool]:
 
 
 def test_the_same_verdicts_come_from_the_pool(pool: Pool) -> None:
-    jobs = [("geometry", f"\\boxed{{{t}}}", {"answer": g}) for g, t in RIGHT[::3] + WRONG[::3]]
+    jobs = [("geometry", f"\\boxed{{{t}}}", {"answer": g}) for g, t in (RIGHT + WRONG + UNDONE)[::3]]
     jobs += [("geometry", t, {"answer": "45", "tolerance": 0.01, "format_score": 0.0}) for t in HOSTILE]
     assert pool(jobs) == [geometry.grade(text, **fields) for _, text, fields in jobs]
 
@@ -201,7 +206,8 @@ def test_the_teacher_of_given_problems_is_that_of_mathematics(answer: str) -> No
     rng, p = np.random.default_rng(0), given(answer=answer)
     for i in range(50):
         text = geometry.teacher_answer(p, rng, right=float(i % 2))
-        assert geometry.grade(text, answer=answer).reason == ("right" if i % 2 else "wrong"), text
+        wrong = "not worked out" if answer == "21.8" else "wrong"  # a sum
+        assert geometry.grade(text, answer=answer).reason == ("right" if i % 2 else wrong), text
 
 
 # Settings
