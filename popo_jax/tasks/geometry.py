@@ -41,7 +41,7 @@ def grade(
 
     Score 1: "right". `format_score`: a box that is not empty, but "wrong", or "not worked out". 0: "no answer", "unfinished
     thinking". Numbers may have any usual form, and up to `tolerance` of relative error if one of them is not a whole number or a
-    fraction. Units are converted where
+    fraction; a decimal number may also be the answer rounded, to enough digits (`quantities.same`). Units are converted where
     both state one; where the answer has none, as in Geometry3k, any unit will do. Several candidates are wrong.
 
     In "a = b \\approx c" names do not count, and the first number that is worked out decides. The others must agree with the

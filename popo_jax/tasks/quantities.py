@@ -21,6 +21,8 @@ from popo_jax.tasks.units import Number, Unit
 
 MAX_LENGTH, MAX_DEPTH, MAX_BITS = 200, 16, 4096
 """Characters of an answer; brackets open at once; size of a whole number on the way."""
+ROUNDED = 0.01
+"""Half a unit of a rounded answer's last digit may be this share of the truth: 7.1 is 5\\sqrt{2}, but 1.4 is no \\sqrt{2}."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,8 @@ def same(found: Quantity, gold: Quantity, tolerance: float) -> bool:
     """Is `found` the gold quantity? Where both state a unit, `found` is converted, and must measure the same thing.
 
     Where only one states a unit, any will do: the answers of Geometry3k have none. Two fractions must be equal. Otherwise the
-    relative error may be up to `tolerance`, and a decimal gold is also met by what rounds to it at its number of digits.
+    relative error may be up to `tolerance`. A decimal gold is also met by what rounds to it at its number of digits; a gold that
+    is no fraction also by itself, rounded to a decimal number with enough digits (ROUNDED).
     """
     scale = units.factor(found.unit, gold.unit)
     if scale is None:
@@ -323,6 +326,8 @@ def same(found: Quantity, gold: Quantity, tolerance: float) -> bool:
     allowed = max(tolerance, 1e-9) * abs(g)
     if gold.decimals is not None:
         allowed = max(allowed, _half(gold.decimals))
+    if found.decimals is not None and not exact and (half := _half(found.decimals) * float(scale)) <= ROUNDED * abs(g):
+        allowed = max(allowed, half)
     return abs(v - g) <= allowed
 
 
