@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -96,10 +97,11 @@ def _equivalent(text: str, answer: str) -> bool:
 
 
 def _harmless(text: str) -> bool:
-    """Free of what math-verify works on until the pool ends it: towers of powers, huge numbers, sums, factorials."""
+    """Free of what keeps math-verify busy for long: towers of powers, huge numbers, sums, factorials, deep brackets."""
     powers = _POWER.findall(text)
     size = math.prod(max(int(n), 1) for power in powers for n in re.findall(r"\d+", power))
-    return len(powers) == text.count("^") and size <= MAX_POWER and not _ENDLESS.search(text)
+    deep = max(accumulate((c in "({[") - (c in ")}]") for c in text), default=0) > quantities.MAX_DEPTH
+    return len(powers) == text.count("^") and size <= MAX_POWER and not deep and not _ENDLESS.search(text)
 
 
 def prompt_text(problem: Problem) -> str:
