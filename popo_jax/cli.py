@@ -1,4 +1,6 @@
-"""popo train | sft | eval | export | bench | inspect: parses, then calls one function. Imports nothing heavy before that."""
+"""popo train | sft | eval | export | inspect | report | plan | bench: parses, then calls one function.
+
+Imports nothing heavy before that."""
 
 from __future__ import annotations
 
@@ -31,6 +33,7 @@ USAGE = """usage: popo COMMAND ...
   popo eval MODEL_OR_RUN [--task AIME24]  avg@k and pass@k on held-out problems or a suite; --answers FILE: of given answers
   popo export RUN --out DIR [--step N]    a folder that transformers opens
   popo inspect RUN                        what a run and its checkpoints hold
+  popo report RUN [RUN ...]               the account of a run as one HTML page, or of several side by side; --json, --card
   popo plan CONFIG --topology v5p:4x4x8   will it fit those TPUs, and how fast at best; compiled here, without one
   popo bench [CASE ...]                   how fast the parts are here; --list names the cases
 
@@ -81,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "export": _export,
         "inspect": _inspect,
+        "report": _report,
         "plan": _plan,
         "bench": _bench,
     }
@@ -304,6 +308,12 @@ def _plan(args: list[str]) -> None:
     from popo_jax.plan.command import command  # without the cache of compiled programs: such as these cannot be read back
 
     command(c, known.topology, shape=known.shape, as_json=known.json)
+
+
+def _report(args: list[str]) -> None:
+    from popo_jax.report import command
+
+    command.command(_parsed(command.ReportArgs, "report", args))
 
 
 def _bench(args: list[str]) -> None:

@@ -12,7 +12,7 @@ from popo_jax.report.frame import Figure, Section, Series, Table
 from popo_jax.report.read import Run
 
 RATED_WATTS: Mapping[str, float] = {"H200": 700, "H100": 700, "A100": 400, "L40S": 350, "V100": 300, "L4": 72, "T4": 70}
-"""Board power of accelerators by their makers' data sheets (of SXM boards where there are such), by a part of the device's name."""
+"""Board power of accelerators by their makers' data sheets (of SXM boards if there are), by a part of the device's name."""
 PARTS = ("sample", "grade", "replay", "update", "eval", "checkpoint")
 """Of a step: `time/<part>`. Sampling and grading of the next step run beside the rest, so that their sum may exceed the step."""
 
