@@ -86,7 +86,8 @@ class GeometryConfig:
     instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
     """Put below the problem; empty for none."""
     tolerance: float = 1e-3
-    """Relative error up to which a number counts as the answer, unless both are whole numbers or fractions."""
+    """Relative error up to which a number counts as the answer, unless both are whole numbers or fractions. A decimal that is the
+    answer rounded counts as well, if half a unit of its last digit is at most 1 % of the answer."""
     format_score: float = 0.1
     """Score of a wrong answer that stands in \\boxed{}, in [0, 1)."""
     eval_problems: int = 512
