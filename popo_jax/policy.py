@@ -13,6 +13,7 @@ from popo_jax.data import tokenizer as tokenizers
 from popo_jax.data.tokenizer import Tokenizer
 from popo_jax.model_config import MODEL_HOW, ModelConfig, VisionConfig
 from popo_jax.models import hf, hf_config, lora
+from popo_jax.models.json_files import read_json, write_json
 from popo_jax.types import UserError
 
 ENDS = 2**20
@@ -109,6 +110,6 @@ def _copy(source: epath.Path, folder: epath.Path, c: ModelConfig) -> None:
     for file in source.iterdir():
         if file.suffix in COPIED and not file.name.endswith(".index.json"):
             (folder / file.name).write_bytes(file.read_bytes())
-    config = hf_config.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     config.pop("dtype", None)  # transformers 5's name; the other is read by all
-    hf_config.write_json(folder / "config.json", config | {"torch_dtype": c.param_dtype})
+    write_json(folder / "config.json", config | {"torch_dtype": c.param_dtype})

@@ -20,7 +20,8 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from popo_jax.model_config import ModelConfig
 from popo_jax.models.decoder import Decoder, Params
 from popo_jax.models.families import FAMILIES
-from popo_jax.models.hf_config import read_config, save_config, write_json
+from popo_jax.models.hf_config import read_config, save_config
+from popo_jax.models.json_files import write_json
 from popo_jax.models.stored import INDEX, SINGLE, Stored, read, some, tensors
 from popo_jax.types import UserError
 

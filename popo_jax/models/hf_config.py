@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import types
 import typing
@@ -15,6 +14,7 @@ from etils import epath
 from popo_jax.model_config import ModelConfig, RopeScaling
 from popo_jax.models import vision_config
 from popo_jax.models.families import FAMILIES, ROPE
+from popo_jax.models.json_files import read_json, write_json
 from popo_jax.types import UserError
 
 
@@ -88,23 +88,6 @@ def save_config(
         write_json(folder / vision_config.PROCESSOR, vision_config.processor_of(c))
     write_json(folder / "config.json", {**fixed, **settings, **ids})
     write_json(folder / "generation_config.json", {"do_sample": False} | ids)
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON object from a file. Errors: UserError, one sentence."""
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError:
-        raise UserError(f"{path}: must be JSON, got something else") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must be a JSON object, got {type(data).__name__}")
-    return data
-
-
-def write_json(path: epath.Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n")
 
 
 _BASE = (("width", "hidden_size"), ("heads", "num_attention_heads"))

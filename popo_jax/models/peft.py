@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from popo_jax.model_config import ModelConfig
 from popo_jax.models.families import FAMILIES
-from popo_jax.models.hf_config import write_json
+from popo_jax.models.json_files import write_json
 
 THEIRS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 

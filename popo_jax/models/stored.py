@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from popo_jax.models.hf_config import read_json
+from popo_jax.models.json_files import read_json
 from popo_jax.types import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
