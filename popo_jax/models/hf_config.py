@@ -17,6 +17,8 @@ from popo_jax.models.families import FAMILIES, ROPE
 from popo_jax.models.json_files import read_json, write_json
 from popo_jax.types import UserError
 
+TIED = "tie_word_embeddings"
+
 
 def read_config(folder: epath.PathLike) -> ModelConfig:
     """The shape in a folder's config.json; precision and scheduling are left at their defaults.
@@ -28,7 +30,7 @@ def read_config(folder: epath.PathLike) -> ModelConfig:
     family = FAMILIES.get(str(data.get("model_type")))
     if family is None:
         raise UserError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {data.get('model_type')!r}")
-    data |= {k: v for k, v in (data.get("text_config") or {}).items() if k not in ("model_type", "tie_word_embeddings")}
+    data |= _of_text(data)
     rope = _rope_of(data, path)
     found = {**family.defaults, **data, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
     _refuse_variants(found, path)
@@ -45,6 +47,12 @@ def read_config(folder: epath.PathLike) -> ModelConfig:
             f"got {c.heads}, {c.kv_heads} and {c.head_dim}"
         )
     return c
+
+
+def _of_text(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a nested config says of its decoder. As transformers 5 has it, embeddings are tied if either part says so."""
+    text = {k: v for k, v in (data.get("text_config") or {}).items() if k != "model_type"}
+    return {k: v for k, v in text.items() if k != TIED or (v and not data.get(TIED))}
 
 
 def _with_vision(c: ModelConfig, data: Mapping[str, Any], path: epath.Path) -> ModelConfig:
@@ -83,7 +91,7 @@ def save_config(
             **ids,
             "rope_scaling": {"type": "mrope", "mrope_section": list(c.vision.mrope)},
         }
-        tied = {"tie_word_embeddings": c.tie_embeddings}
+        tied = {TIED: c.tie_embeddings}
         settings = {"text_config": text, "vision_config": vision_config.config_of(c), **vision_config.tokens_of(c), **tied}
         write_json(folder / vision_config.PROCESSOR, vision_config.processor_of(c))
     write_json(folder / "config.json", {**fixed, **settings, **ids})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +118,21 @@ def test_features_positions_and_logits_are_transformers(tmp, name):
             np.testing.assert_array_equal(made[i].position, position)
         np.testing.assert_allclose(logits[i, : len(tokens)], expected, atol=1e-4)
         assert np.abs(expected).max() > 1 and (len(features) == 0 or np.abs(features).max() > 0.5)
+
+
+@pytest.mark.parametrize("name", ["windows of 2 x 2 cells", "untied, cells of 9 patches"])
+def test_a_checkpoint_may_say_in_its_text_config_alone_that_it_is_tied(tmp, tmp_path, name):
+    """Where transformers wrote it before version 5, and looks for it still."""
+    model, c, folder = checkpoint(tmp, name)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = config.pop("tie_word_embeddings")
+    shutil.copytree(folder, tmp_path / "older")
+    (tmp_path / "older" / "config.json").write_text(json.dumps(config))
+    older = dataclasses.replace(hf.read_config(tmp_path / "older"), linear=c.linear, attention=c.attention)
+    assert older == c and c.tie_embeddings == ("untied" not in name)
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "older", older), hf.load(folder, c))
+    there = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "older")
+    assert torch.equal(there.lm_head.weight, model.lm_head.weight)
 
 
 @pytest.mark.parametrize("name", list(SHAPES)[:2])

@@ -12,7 +12,8 @@ from popo_jax.models.hf_config import read_config
 from popo_jax.types import UserError
 
 FLAT = json.loads((Path(__file__).parents[2] / "configs/shapes/qwen2.5-vl-3b/config.json").read_text())
-TOP = ("architectures", "model_type", "vision_config", "tie_word_embeddings")
+TIED = "tie_word_embeddings"
+TOP = ("architectures", "model_type", "vision_config", TIED)
 
 
 def folder(tmp_path, config=FLAT, processor=None):
@@ -43,6 +44,19 @@ def test_a_nested_one_says_the_same(tmp_path):
     flat, deep = tmp_path / "flat", tmp_path / "deep"
     flat.mkdir(), deep.mkdir()
     assert read_config(folder(deep, nested())) == read_config(folder(flat))
+
+
+@pytest.mark.parametrize("top", [True, False, None])
+@pytest.mark.parametrize("text", [True, False, None])
+def test_embeddings_are_tied_as_transformers_has_it(tmp_path, top, text):
+    """Its own configs say it at the top; those that it wrote before version 5, in text_config."""
+    transformers = pytest.importorskip("transformers")
+    config = {k: v for k, v in nested().items() if k != TIED} | ({} if top is None else {TIED: top})
+    config["text_config"] |= {} if text is None else {TIED: text}
+    theirs = transformers.AutoConfig.from_pretrained(folder(tmp_path, config))
+    assert read_config(tmp_path).tie_embeddings == theirs.tie_word_embeddings == bool(top or text)
+    theirs.save_pretrained(tmp_path)
+    assert read_config(tmp_path).tie_embeddings == bool(top or text)
 
 
 @pytest.mark.parametrize(
