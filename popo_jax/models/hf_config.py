@@ -56,8 +56,7 @@ def _of_text(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_vision(c: ModelConfig, data: Mapping[str, Any], path: epath.Path) -> ModelConfig:
-    beside = path.parent / vision_config.PROCESSOR
-    v = vision_config.read(data, read_json(beside) if beside.exists() else None, path)
+    v = vision_config.read(data, path)
     if sum(v.mrope) != c.head_dim // 2:
         raise UserError(f"{path}: mrope_section must add up to half of head_dim ({c.head_dim // 2}), got {list(v.mrope)}")
     return dataclasses.replace(c, vision=v)

@@ -1,4 +1,4 @@
-"""The vision tower's part of config.json, and preprocessor_config.json: how images are scaled and normalised."""
+"""The vision tower's part of config.json, and the image processor's files beside it: how images are scaled and normalised."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 from etils import epath
 
 from popo_jax.model_config import ModelConfig, VisionConfig
+from popo_jax.models.json_files import read_json
 from popo_jax.types import UserError
 
 PROCESSOR = "preprocessor_config.json"
+NESTED, PART = "processor_config.json", "image_processor"
+"""The file in which transformers 5 writes the same, and the key of it."""
 SETTINGS: Mapping[str, str] = {
     "layers": "depth",
     "width": "hidden_size",
@@ -28,14 +31,12 @@ FULL = "fullatt_block_indexes"
 TOKENS = {"image_token": "image_token_id", "start_token": "vision_start_token_id", "end_token": "vision_end_token_id"}
 CLIP = {"image_mean": VisionConfig.mean, "image_std": VisionConfig.std}
 PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+"""Qwen2.5-VL's own, where a checkpoint says nothing."""
 
 
-def read(data: Mapping[str, Any], processor: Mapping[str, Any] | None, path: epath.Path) -> VisionConfig:
-    """Of a config.json, and of the preprocessor_config.json beside it if there is one. Errors: UserError, one sentence."""
-    given = data.get("vision_config")
-    if not isinstance(given, Mapping):
-        raise UserError(f"{path}: vision_config must be a mapping, got {given!r}")
-    found = DEFAULTS | dict(given)
+def read(data: Mapping[str, Any], path: epath.Path) -> VisionConfig:
+    """Of a config.json, and of the image processor's file beside it if there is one. Errors: UserError, one sentence."""
+    found = DEFAULTS | dict(_mapping(data.get("vision_config"), f"{path}: vision_config"))
     fields: dict[str, Any] = {ours: _whole(found.get(key), f"{path}: vision_config's {key}") for ours, key in SETTINGS.items()}
     full = found.get(FULL, (7, 15, 23, 31))
     fields["full_layers"] = tuple(_whole(i, f"{path}: vision_config's {FULL}", 0) for i in full)
@@ -50,7 +51,7 @@ def read(data: Mapping[str, Any], processor: Mapping[str, Any] | None, path: epa
     fields |= {ours: _whole(data.get(key), f"{path}: {key}", 0) for ours, key in TOKENS.items()}
     v = VisionConfig(**fields, mrope=_sections(data, path))
     _check(v, str(path))
-    return v if processor is None else _processed(v, processor, path.parent / PROCESSOR)
+    return _processed(v, *_processor(path.parent))
 
 
 def _sections(data: Mapping[str, Any], path: epath.Path) -> tuple[int, ...]:
@@ -61,18 +62,27 @@ def _sections(data: Mapping[str, Any], path: epath.Path) -> tuple[int, ...]:
     return tuple(_whole(n, f"{path}: rope_scaling's mrope_section", 0) for n in found)
 
 
-def _processed(v: VisionConfig, data: Mapping[str, Any], path: epath.Path) -> VisionConfig:
-    """With the sizes and colours of a preprocessor_config.json, older (min_pixels) or newer (size)."""
+def _processor(folder: epath.Path) -> tuple[Mapping[str, Any], str]:
+    """An image processor's settings, and where they are: as in transformers 5 the nested ones win. No file: no settings."""
+    nested, path = folder / NESTED, folder / PROCESSOR
+    given = read_json(nested).get(PART) if nested.exists() else None
+    if given is not None:
+        return _mapping(given, f"{nested}: {PART}"), f"{nested}, {PART}:"
+    return read_json(path) if path.exists() else {}, f"{path}:"
+
+
+def _processed(v: VisionConfig, data: Mapping[str, Any], where: str) -> VisionConfig:
+    """With the sizes and colours of an image processor, older (min_pixels) or newer (size)."""
     for key, ours in (("patch_size", v.patch), ("merge_size", v.merge), ("temporal_patch_size", v.temporal)):
         if data.get(key, ours) != ours:
-            raise UserError(f"{path}: {key} must be that of vision_config ({ours}), got {data[key]!r}")
+            raise UserError(f"{where} {key} must be that of vision_config ({ours}), got {data[key]!r}")
     if data.get("rescale_factor", 1 / 255) != 1 / 255 or not all(data.get(k, True) for k in ("do_rescale", "do_normalize")):
-        raise UserError(f"{path}: images must be rescaled by 1/255 and normalised, got other settings")
-    size = PIXELS | {k: n for k, n in (data.get("size") or {}).items() if k in PIXELS}
-    low = _whole(data.get("min_pixels") or size["shortest_edge"], f"{path}: min_pixels")
-    high = _whole(data.get("max_pixels") or size["longest_edge"], f"{path}: max_pixels")
+        raise UserError(f"{where} images must be rescaled by 1/255 and normalised, got other settings")
+    size = PIXELS | {k: n for k, n in _mapping(data.get("size") or {}, f"{where} size").items() if k in PIXELS}
+    low = _whole(data.get("min_pixels") or size["shortest_edge"], f"{where} min_pixels")
+    high = _whole(data.get("max_pixels") or size["longest_edge"], f"{where} max_pixels")
     colours = {
-        ours: _colours(data.get(key, CLIP[key]), f"{path}: {key}") for ours, key in (("mean", "image_mean"), ("std", "image_std"))
+        ours: _colours(data.get(key, CLIP[key]), f"{where} {key}") for ours, key in (("mean", "image_mean"), ("std", "image_std"))
     }
     return replace(v, min_pixels=low, max_pixels=high, **colours)  # type: ignore[arg-type]
 
@@ -120,6 +130,12 @@ def processor_of(c: ModelConfig) -> dict[str, Any]:
         "image_mean": list(v.mean),
         "image_std": list(v.std),
     }
+
+
+def _mapping(x: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(x, Mapping):
+        raise UserError(f"{what} must be a mapping, got {x!r}")
+    return x
 
 
 def _whole(x: Any, what: str, low: int = 1) -> int:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from popo_jax.model_config import VisionConfig
 from popo_jax.models.hf_config import read_config
 from popo_jax.types import UserError
 
@@ -16,10 +15,11 @@ TIED = "tie_word_embeddings"
 TOP = ("architectures", "model_type", "vision_config", TIED)
 
 
-def folder(tmp_path, config=FLAT, processor=None):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    if processor is not None:
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+def folder(tmp_path, config=FLAT, processor=None, whole=None):
+    files = {"config.json": config, "preprocessor_config.json": processor, "processor_config.json": whole}
+    for name, data in files.items():
+        if data is not None:
+            (tmp_path / name).write_text(json.dumps(data))
     return tmp_path
 
 
@@ -62,7 +62,7 @@ def test_embeddings_are_tied_as_transformers_has_it(tmp_path, top, text):
 @pytest.mark.parametrize(
     ("processor", "pixels"),
     [
-        (None, (VisionConfig.min_pixels, VisionConfig.max_pixels)),
+        (None, (56 * 56, 28 * 28 * 1280)),
         (
             {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2},
             (3136, 12845056),
@@ -75,6 +75,25 @@ def test_embeddings_are_tied_as_transformers_has_it(tmp_path, top, text):
 def test_sizes_of_images_are_the_processors(tmp_path, processor, pixels):
     v = read_config(folder(tmp_path, processor=processor)).vision
     assert (v.min_pixels, v.max_pixels) == pixels
+
+
+@pytest.mark.parametrize(
+    ("whole", "processor"),
+    [
+        ({"image_processor": {"size": {"shortest_edge": 3136, "longest_edge": 50176}}}, None),
+        ({"image_processor": {"min_pixels": 3136, "max_pixels": 50176}}, None),
+        ({"image_processor": {"min_pixels": 3136, "max_pixels": 50176}}, {"min_pixels": 784, "max_pixels": 100352}),
+        ({"processor_class": "Qwen2_5_VLProcessor"}, {"min_pixels": 3136, "max_pixels": 50176}),
+        ({"image_processor": None}, {"min_pixels": 3136, "max_pixels": 50176}),
+    ],
+    ids=["newer", "older", "both", "older, whose file has another use", "null"],
+)
+def test_a_processor_may_stand_in_another_file(tmp_path, whole, processor):
+    """Which one transformers opens, we open; it has its own limits, not those of a checkpoint without any."""
+    library = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    v = read_config(folder(tmp_path, processor=processor, whole=whole)).vision
+    theirs = library.Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size
+    assert (v.min_pixels, v.max_pixels) == (3136, 50176) == (theirs["shortest_edge"], theirs["longest_edge"])
 
 
 @pytest.mark.parametrize(
@@ -113,9 +132,13 @@ def test_what_is_not_this_tower_is_one_sentence(tmp_path, changes, sentence):
         ({"do_normalize": False}, "images must be rescaled by 1/255 and normalised, got other settings"),
         ({"image_mean": [0.5]}, "image_mean must be three numbers, got [0.5]"),
         ({"min_pixels": -1}, "min_pixels must be a whole number from 1, got -1"),
+        ({"size": 3136}, "size must be a mapping, got 3136"),
     ],
 )
 def test_a_processor_of_another_kind_is_one_sentence(tmp_path, processor, sentence):
     with pytest.raises(UserError) as e:
         read_config(folder(tmp_path, processor=processor))
     assert str(e.value) == f"{tmp_path}/preprocessor_config.json: {sentence}"
+    with pytest.raises(UserError) as e:
+        read_config(folder(tmp_path, processor={}, whole={"image_processor": processor}))
+    assert str(e.value) == f"{tmp_path}/processor_config.json, image_processor: {sentence}"
