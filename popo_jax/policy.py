@@ -12,7 +12,7 @@ from popo_jax.config import Config
 from popo_jax.data import tokenizer as tokenizers
 from popo_jax.data.tokenizer import Tokenizer
 from popo_jax.model_config import MODEL_HOW, ModelConfig, VisionConfig
-from popo_jax.models import hf, hf_config, lora
+from popo_jax.models import hf, hf_config, lora, vision_config
 from popo_jax.models.json_files import read_json, write_json
 from popo_jax.types import UserError
 
@@ -81,7 +81,8 @@ def lacks(policy: Policy, c: Config) -> list[str]:
 def save(folder: epath.PathLike, policy: Policy, params: dict[str, Any] | None) -> None:
     """A folder that transformers opens, adapters merged; without `params` it has everything but weights.
 
-    Configs, tokenizer and chat template of a loaded policy are copied as they are, but for the weights' dtype.
+    Configs, tokenizer and chat template of a loaded policy are copied as they are, but for the weights' dtype and the limits
+    that images are scaled to.
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,3 +114,5 @@ def _copy(source: epath.Path, folder: epath.Path, c: ModelConfig) -> None:
     config = read_json(folder / "config.json")
     config.pop("dtype", None)  # transformers 5's name; the other is read by all
     write_json(folder / "config.json", config | {"torch_dtype": c.param_dtype})
+    if c.sees:
+        vision_config.write_limits(folder, c)

@@ -11,12 +11,15 @@ import pytest
 from safetensors.numpy import load_file
 
 import popo_jax.policy as policies
+from popo_jax import sft
 from popo_jax.config import ChatConfig, Config, PolicyConfig, SampleConfig
+from popo_jax.data.pictures import Eyes
 from popo_jax.data.tokenizer import characters
 from popo_jax.model_config import ModelConfig
 from popo_jax.models.decoder import Decoder
 from popo_jax.policy import Policy
 from popo_jax.types import UserError
+from tests import tiny
 
 SHAPE = ModelConfig(
     vocab_size=99, layers=1, width=8, heads=2, kv_heads=1, head_dim=4, mlp=8, max_positions=64, linear="barrier", attention="xla"
@@ -55,6 +58,46 @@ def test_a_loaded_policy_keeps_its_files(folder, tmp_path):
         load_file(folder / "model.safetensors")["model.embed_tokens.weight"],
         rtol=2**-8,
     )
+
+
+PROCESSORS = {
+    "as made here": {},
+    "older": {"preprocessor_config.json": {"min_pixels": 3136, "max_pixels": 12845056, "image_std": [0.5, 0.5, 0.5]}},
+    "newer": {"preprocessor_config.json": {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, "patch_size": 14}},
+    "in another file": {"preprocessor_config.json": None, "processor_config.json": {"image_processor": {"min_pixels": 3136}}},
+    "twice": {"processor_config.json": {"image_processor": {"min_pixels": 3136}, "processor_class": "Qwen2_5_VLProcessor"}},
+    "none": {"preprocessor_config.json": None},
+    "none, whose file has another use": {"preprocessor_config.json": None, "processor_config.json": {"processor_class": "X"}},
+}
+"""Files of a checkpoint, beside or in place of those made here; None: gone."""
+
+
+@pytest.mark.parametrize("files", PROCESSORS.values(), ids=PROCESSORS)
+def test_what_is_exported_scales_images_as_the_run_did(tmp_path, files):
+    """With transformers' own processor; a run's folder and an export have the run's limits, whatever file has them."""
+    image = pytest.importorskip("PIL.Image")
+    library = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    made = sft.fresh_policy(tiny.config(**tiny.SEES))
+    policies.save(tmp_path / "there", made, None)
+    for name, data in files.items():
+        path = tmp_path / "there" / name
+        path.unlink(missing_ok=True)
+        if data is not None:
+            path.write_text(json.dumps(data))
+    run = policies.describe(tmp_path / "there", tiny.config(images__min_pixels=40000, images__max_pixels=60000))
+    policies.save(tmp_path / "run", run, None)
+    again = policies.describe(tmp_path / "run", tiny.config())
+    assert again.model.vision == run.model.vision and again.model.vision.max_pixels == 60000
+    policies.save(tmp_path / "out", again, None)
+    processor = library.Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "out")
+    pictures = [image.new("RGB", size, "red") for size in ((56, 84), (500, 200))]
+    theirs = processor(images=pictures, return_tensors="np")
+    seen = Eyes(run.model.vision, lambda _: pictures).pixels({}, "here")
+    assert seen.grids == tuple(map(tuple, theirs["image_grid_thw"][:, 1:].tolist()))
+    for path in (tmp_path / "out").glob("*processor_config.json"):
+        kept, data = json.loads(path.read_text()), files.get(path.name) or {}
+        assert "60000" in path.read_text() or data == {"processor_class": "X"}
+        assert all(kept[k] == data[k] for k in ("patch_size", "image_std", "processor_class") if k in data)
 
 
 def test_a_row_longer_than_the_model_was_made_for_is_refused(folder):

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from popo_jax.model_config import ModelConfig, VisionConfig
-from popo_jax.models.json_files import read_json
+from popo_jax.models.json_files import read_json, write_json
 from popo_jax.types import UserError
 
 PROCESSOR = "preprocessor_config.json"
@@ -32,6 +32,8 @@ TOKENS = {"image_token": "image_token_id", "start_token": "vision_start_token_id
 CLIP = {"image_mean": VisionConfig.mean, "image_std": VisionConfig.std}
 PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 """Qwen2.5-VL's own, where a checkpoint says nothing."""
+BICUBIC = 3
+"""Pillow's number of it."""
 
 
 def read(data: Mapping[str, Any], path: epath.Path) -> VisionConfig:
@@ -76,8 +78,9 @@ def _processed(v: VisionConfig, data: Mapping[str, Any], where: str) -> VisionCo
     for key, ours in (("patch_size", v.patch), ("merge_size", v.merge), ("temporal_patch_size", v.temporal)):
         if data.get(key, ours) != ours:
             raise UserError(f"{where} {key} must be that of vision_config ({ours}), got {data[key]!r}")
-    if data.get("rescale_factor", 1 / 255) != 1 / 255 or not all(data.get(k, True) for k in ("do_rescale", "do_normalize")):
-        raise UserError(f"{where} images must be rescaled by 1/255 and normalised, got other settings")
+    done = all(data.get(k, True) for k in ("do_resize", "do_rescale", "do_normalize"))
+    if not done or data.get("rescale_factor", 1 / 255) != 1 / 255 or data.get("resample", BICUBIC) != BICUBIC:
+        raise UserError(f"{where} images must be resized bicubically, rescaled by 1/255 and normalised, got other settings")
     size = PIXELS | {k: n for k, n in _mapping(data.get("size") or {}, f"{where} size").items() if k in PIXELS}
     low = _whole(data.get("min_pixels") or size["shortest_edge"], f"{where} min_pixels")
     high = _whole(data.get("max_pixels") or size["longest_edge"], f"{where} max_pixels")
@@ -126,10 +129,29 @@ def processor_of(c: ModelConfig) -> dict[str, Any]:
         "do_normalize": True,
         "do_convert_rgb": True,
         "rescale_factor": 1 / 255,
-        "resample": 3,
+        "resample": BICUBIC,
         "image_mean": list(v.mean),
         "image_std": list(v.std),
     }
+
+
+def write_limits(folder: epath.Path, c: ModelConfig) -> None:
+    """Into the image processor's files of a checkpoint, so that they scale images as `c` does; none there: a new one."""
+    nested, plain = folder / NESTED, folder / PROCESSOR
+    whole = read_json(nested) if nested.exists() else {}
+    if whole.get(PART) is not None:
+        write_json(nested, whole | {PART: _limited(whole[PART], c)})
+    elif not plain.exists():
+        write_json(plain, processor_of(c))
+    if plain.exists():
+        write_json(plain, _limited(read_json(plain), c))
+
+
+def _limited(data: Mapping[str, Any], c: ModelConfig) -> dict[str, Any]:
+    """min_pixels and max_pixels, which win over size, only where they stand already."""
+    low, high = c.vision.min_pixels, c.vision.max_pixels
+    older = {k: n for k, n in (("min_pixels", low), ("max_pixels", high)) if k in data}
+    return {**data, **older, "size": {"shortest_edge": low, "longest_edge": high}}
 
 
 def _mapping(x: Any, what: str) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from popo_jax.models.hf_config import read_config
 from popo_jax.types import UserError
 
 FLAT = json.loads((Path(__file__).parents[2] / "configs/shapes/qwen2.5-vl-3b/config.json").read_text())
+HOW = "images must be resized bicubically, rescaled by 1/255 and normalised"
 TIED = "tie_word_embeddings"
 TOP = ("architectures", "model_type", "vision_config", TIED)
 
@@ -129,7 +130,9 @@ def test_what_is_not_this_tower_is_one_sentence(tmp_path, changes, sentence):
     ("processor", "sentence"),
     [
         ({"patch_size": 16}, "patch_size must be that of vision_config (14), got 16"),
-        ({"do_normalize": False}, "images must be rescaled by 1/255 and normalised, got other settings"),
+        ({"do_normalize": False}, f"{HOW}, got other settings"),
+        ({"do_resize": False}, f"{HOW}, got other settings"),
+        ({"resample": 2}, f"{HOW}, got other settings"),
         ({"image_mean": [0.5]}, "image_mean must be three numbers, got [0.5]"),
         ({"min_pixels": -1}, "min_pixels must be a whole number from 1, got -1"),
         ({"size": 3136}, "size must be a mapping, got 3136"),
