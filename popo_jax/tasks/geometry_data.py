@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from popo_jax.tasks.files import Row, Split
 from popo_jax.types import UserError
 
 MARK = "<image>"
+_SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 COLUMNS = {"problem": ("problem", "question"), "answer": ("answer", "solution"), "images": ("images", "image")}
 
 
@@ -119,6 +121,7 @@ def _image(place: str, given: object, folder: epath.Path) -> dict[str, Any]:
     if isinstance(data, bytes) and data:
         return {"bytes": data, "sha256": hashlib.sha256(data).hexdigest()}
     files.need(isinstance(path, str) and bool(path), place, "the path of an image file, or its bytes", given)
+    files.need(not _SCHEME.match(str(path)), place, "the path of an image file, and no address", path)
     file = folder / str(path)  # an absolute path stays as it is
     try:
         return {"path": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
