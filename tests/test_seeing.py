@@ -201,6 +201,35 @@ def test_pictures_want_a_policy_that_sees_and_room_for_them():
         problems.load(c, tiny.EYES, sft.fresh_policy(c).model)
 
 
+def test_a_broken_picture_is_told_with_the_row_that_names_it(tmp_path):
+    """Found when its row is reached, when the problems were divided long since; the row is no part of a problem's id."""
+    from PIL import Image
+
+    for i in range(6):
+        noise = np.random.default_rng(i).integers(0, 256, (56, 56, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    whole = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(whole[: len(whole) // 2])
+    asked = [json.dumps({"problem": "x", "answer": str(i), "images": [f"{5 - i}.png", f"{i}.png"]}) for i in (0, 1, 2, 4, 5)]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n\n".join(asked) + "\n")
+    task = {"name": "geometry", "train_file": str(file), "geometry": {"eval_problems": 2, "instruction": ""}}
+    c = tiny.config(**tiny.SEES | {"tasks": [task]}, sample__max_prompt_tokens=32)
+    found = problems.load(c, tiny.EYES, sft.fresh_policy(c).model)
+    told = []
+    for source in (*found.train, *found.held_out):
+        for problem in source.problems:
+            assert source.id(problem) == source.id({k: problem[k] for k in ("problem", "answer", "images")})
+            try:
+                found.shown.gallery(source.task, source.id(problem))
+            except UserError as e:
+                told.append(str(e))
+    assert [t.split(" must be a whole picture, got one")[0] for t in told] == [f"{file}, line 5, image 1"]
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=f"^{file}, line 5, image 1 must be a picture that Pillow opens"):
+        problems.load(c, tiny.EYES, sft.fresh_policy(c).model)
+
+
 def test_text_tasks_and_pictures_go_together(tmp_path):
     tasks = [*tiny.SEES["tasks"], {"name": "countdown", "countdown": {"train_problems": 64, "eval_problems": 16}}]
     c = tiny.config(**tiny.SEES | {"tasks": tasks}, steps=2)

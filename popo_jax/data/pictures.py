@@ -43,13 +43,14 @@ class Eyes:
 
     def grids(self, problem: Problem, where: str) -> tuple[tuple[int, int], ...]:
         """Rows and columns of patches of each image, which is not read whole. Errors: UserError for one that is refused."""
-        found = self.sizes(problem) if self.sizes is not None else None
+        where, found = standing(problem, where), self.sizes(problem) if self.sizes is not None else None
         if found is None:
             found = [_opened(x, _place(where, i)).size for i, x in enumerate(self.pictures(problem))]
         return tuple(self._grid(size, _place(where, i)) for i, size in enumerate(found))
 
     def pixels(self, problem: Problem, where: str) -> Pixels:
         """Errors: UserError for an image that cannot be decoded, or is refused."""
+        where = standing(problem, where)
         pictures = [_coloured(_opened(x, _place(where, i)), _place(where, i)) for i, x in enumerate(self.pictures(problem))]
         grids = tuple(self._grid(p.size, _place(where, i)) for i, p in enumerate(pictures))
         K = 3 * self.v.patch**2
@@ -72,7 +73,8 @@ class Eyes:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             png = io.BytesIO()
-            _coloured(_opened(source, name), name).save(png, "PNG")
+            where = _place(standing(problem, name), i)
+            _coloured(_opened(source, where), where).save(png, "PNG")
             known[i].write_bytes(png.getvalue())
             out.append(f"{folder.name}/{known[i].name}")
         return out
@@ -175,6 +177,11 @@ def largest(found: Iterable[Sequence[tuple[int, int]]], v: VisionConfig) -> Size
         windows = max(windows, scenes.windows(grids, v))
         tokens = max(tokens, sum(scenes.cells(g, v) for g in grids))
     return Sizes(windows, tokens)
+
+
+def standing(problem: Problem, otherwise: str) -> str:
+    """Where a user finds a problem: the row that it was read from if it has it as its `place`, else `otherwise`."""
+    return str(problem.get("place", otherwise))
 
 
 def _place(where: str, i: int) -> str:

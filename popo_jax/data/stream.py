@@ -15,7 +15,7 @@ import numpy as np
 
 from popo_jax import scenes
 from popo_jax.data.chat import Chat
-from popo_jax.data.pictures import Eyes, largest
+from popo_jax.data.pictures import Eyes, largest, standing
 from popo_jax.scenes import Pixels, Scene, Sizes
 from popo_jax.types import Prompt, UserError
 
@@ -46,7 +46,7 @@ class Source:
         id_ = self.id(problem)
         tokens = self.chat.encode(text)
         if self.eyes is not None:
-            where = f"task {self.task}, problem {id_}"
+            where = standing(problem, f"task {self.task}, problem {id_}")
             tokens = self._spread(tokens, self.eyes.grids(problem, where), where)
         return Prompt(id_, self.task, text, tokens, self.answer(problem), begun, {k: _value(problem.get(k)) for k in self.slices})
 
@@ -64,7 +64,7 @@ class Source:
         `limit` tokens, or whose images are refused."""
         found: list[tuple[tuple[int, int], ...]] = []
         for i, tokens in enumerate(self.chat.encode_all([self.text(p) for p in self.problems])):
-            at = f"{where}: problem {i + 1} ({self.id(self.problems[i])})"
+            at = standing(self.problems[i], f"{where}: problem {i + 1} ({self.id(self.problems[i])})")
             if self.eyes is not None:
                 found.append(self.eyes.grids(self.problems[i], at))
                 tokens = self._spread(tokens, found[-1], at)

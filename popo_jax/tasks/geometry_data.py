@@ -96,6 +96,7 @@ def _columns(name: str, found: list[str]) -> dict[str, str]:
 
 
 def _problem(place: str, row: Row, columns: Mapping[str, str], folder: epath.Path) -> Row:
+    """With its `place`, by which an error names it that is found later. Errors: UserError."""
     for column in columns.values():
         if row.get(column) is None:
             raise UserError(f"{place}: column {column} is missing or empty, found {files.shown(list(row))}")
@@ -110,7 +111,7 @@ def _problem(place: str, row: Row, columns: Mapping[str, str], folder: epath.Pat
     if marks not in (0, len(images)):
         raise UserError(f"{place}: {columns['problem']} must have one {MARK} for each of {len(images)} images, got {marks}")
     text = text.strip() if marks else MARK * len(images) + text.strip()
-    return {"problem": text, "answer": answer, "images": images}
+    return {"problem": text, "answer": answer, "images": images, "place": place}
 
 
 def _image(place: str, given: object, folder: epath.Path) -> dict[str, Any]:

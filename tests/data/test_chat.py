@@ -200,10 +200,11 @@ def test_a_prompt_is_neither_cut_nor_padded(tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"template": False}, {"prefix": "<think>\n"}], ids=str)
 def test_streams_checks_and_the_warm_start_read_the_same_tokens(tmp_path, settings):
     chat = opened(tmp_path, "r1", **settings)
-    source = Source("t", 1.0, PROBLEMS, lambda p: p, lambda p: p[:3], lambda p: {"answer": p}, chat)
-    texts = [source.text(p) for p in PROBLEMS]
+    problems = [{"text": p} for p in PROBLEMS]
+    source = Source("t", 1.0, problems, lambda p: p["text"], lambda p: p["text"][:3], lambda p: {"answer": p["text"]}, chat)
+    texts = [source.text(p) for p in problems]
     longest = 0
-    for prompt, problem, checked in zip(map(source.prompt, PROBLEMS), PROBLEMS, chat.encode_all(texts), strict=True):
+    for prompt, problem, checked in zip(map(source.prompt, problems), PROBLEMS, chat.encode_all(texts), strict=True):
         assert prompt.text == chat.render(problem) and prompt.begun == chat.begun(problem)
         np.testing.assert_array_equal(prompt.tokens, checked)
         batch = next(iter(supervised([Example(prompt, "4")] * 2, chat, batch=2, T=200, seed=0)))

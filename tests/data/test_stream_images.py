@@ -33,23 +33,23 @@ def source(text, sizes, template=None):
     tokenizer = dataclasses.replace(EYES, template=template)
     chat = open_chat(ChatConfig(), tokenizer, V)
     eyes = Eyes(V, lambda p: [Image.new("RGB", size) for size in sizes])
-    return Source("t", 1.0, [text], lambda p: p, lambda p: "id", lambda p: {}, chat, eyes)
+    return Source("t", 1.0, [{"text": text}], lambda p: p["text"], lambda p: "id", lambda p: {}, chat, eyes)
 
 
 def test_a_picture_stands_where_it_is_marked_and_has_a_token_for_each_cell():
     s = source("a<image>b<image>", [(28, 42), (56, 28)])
-    p = s.prompt("a<image>b<image>")
+    p = s.prompt(s.problems[0])
     assert p.text == f"a{PICTURE}b{PICTURE}"
     a, b = EYES.encode("a"), EYES.encode("b")
     np.testing.assert_array_equal(p.tokens, [*a, START, *[PAD] * 6, END, *b, START, *[PAD] * 8, END])
-    scene = s.scene("a<image>b<image>", "here")
+    scene = s.scene(s.problems[0], "here")
     assert len(scene.order) == 14 and scene.position.max() == 1 + 1 + 3 + 1 + 1 + 1 + 4
     assert (s.check(30, "here").tokens, s.check(30, "here").windows) == (14, 2 + 2)
 
 
 def test_a_chat_template_gets_pictures_as_it_knows_them():
     s = source("look: <image> what?", [(28, 28)], TEMPLATE)
-    p = s.prompt("look: <image> what?")
+    p = s.prompt(s.problems[0])
     assert p.text == f"<|im_start|>user\nlook: {PICTURE} what?<|im_end|>\n<|im_start|>assistant\n"
     assert (p.tokens == PAD).sum() == 4 and p.begun == ""
 
@@ -57,8 +57,8 @@ def test_a_chat_template_gets_pictures_as_it_knows_them():
 def test_without_pictures_the_mark_is_text():
     tokenizer = dataclasses.replace(EYES, template=TEMPLATE)
     chat = open_chat(ChatConfig(), tokenizer, V)
-    s = Source("t", 1.0, ["a<image>"], lambda p: p, lambda p: "id", lambda p: {}, chat)
-    assert "a<image><|im_end|>" in s.prompt("a<image>").text and len(s.scene("a<image>", "here").order) == 0
+    s = Source("t", 1.0, [{"text": "a<image>"}], lambda p: p["text"], lambda p: "id", lambda p: {}, chat)
+    assert "a<image><|im_end|>" in s.prompt(s.problems[0]).text and len(s.scene(s.problems[0], "here").order) == 0
 
 
 @pytest.mark.parametrize("text", ["no mark", "<image><image>", "<image> and <|image_pad|>"])
