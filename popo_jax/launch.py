@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from popo_jax import build, evaluate, plain, problems, run_dir, sft, train
 from popo_jax.build import Built
 from popo_jax.config import Config
 from popo_jax.data.chat import dated
+from popo_jax.data.pictures import Shown
 from popo_jax.data.selection import Mopps
 from popo_jax.data.stream import PromptStream
 from popo_jax.health import Watch
@@ -37,6 +38,7 @@ from popo_jax.runtime.signals import stop_wish
 from popo_jax.runtime.writers import Loggers
 from popo_jax.scenes import Scene, blind
 from popo_jax.sharding import BATCH
+from popo_jax.task_config import PICTURED
 from popo_jax.tasks.graders import Graders
 from popo_jax.tasks.pool import Job
 from popo_jax.types import Group, Prompt, UserError, Verdict
@@ -73,6 +75,7 @@ def _new(c: Config, grade: GradeFn, console: Console, peers: Peers) -> dict[str,
     peers.first("look", lambda: run_dir.create(c, make=False))  # before the warm start; made when nothing can be refused
     folder = sft.starting_policy(c, mesh, console.say, peers)
     policy = policies.describe(folder, c)
+    c = policies.with_limits(c, policy.model.vision)
     for sentence in policies.lacks(policy, c):
         console.say(sentence)
     c = replace(c, chat=peers.first("date", lambda: dated(c.chat, policy.tokenizer)))  # of the run's start, in all of it
@@ -104,6 +107,7 @@ def _made(c: Config, prints: dict[str, str], policy: Policy) -> str:
 def _resume(c: Config, run: RunDir, step: int | None, grade: GradeFn, console: Console, peers: Peers) -> dict[str, Any]:
     mesh, policy = make_mesh(c), policies.describe(run.path / "policy", c)
     peers.same("config", {"config": digest(c)})
+    c = policies.with_limits(c, policy.model.vision)
     built = build.build(c, policy.model, eos_ids=policy.tokenizer.eos_ids, mesh=mesh, fit=True)
     peers.same("split", {"batch.micro_batch that auto chose": str(built.split.batch.micro_batch)})
     with _checkpoints(c, run) as checkpoints:
@@ -111,11 +115,14 @@ def _resume(c: Config, run: RunDir, step: int | None, grade: GradeFn, console: C
             raise UserError(f"{run.path} holds no checkpoint yet; start it anew with: popo train {run.path / 'config.yaml'}")
         step = peers.first("from", lambda: checkpoints.steps()[-1] if step is None else step)
         where = f"checkpoint {run.path / 'checkpoints' / str(step)}"
+        meta = checkpoints.read_meta(step)
+        run_dir.check_settings(meta, c, policy.tokenizer.fingerprint(), where)
         sources = problems.load(c, policy.tokenizer, policy.model)
         prints = _fingerprints(policy, sources, grade)
-        progress = run_dir.check_meta(checkpoints.read_meta(step), c, prints, where)
+        progress = run_dir.check_meta(meta, prints, where)
         state, arrays, _ = checkpoints.restore(step, built.abstract_state)
     buffer, selection = Buffer.from_arrays(c.replay, arrays), _selection(c)
+    _check_shown(buffer, sources.shown, where)
     if selection is not None:
         selection.load(arrays)
     peers.same("start", prints | versions())
@@ -219,6 +226,18 @@ def _finish(c: Config, run: RunDir, progress: Progress, seconds: float, console:
     (run.path / "summary.json").write_text(json.dumps(summary, indent=2))
     console.summary(summary, run.path)
     return summary
+
+
+def _check_shown(groups: Iterable[Group], shown: Shown | None, where: str) -> None:
+    """Errors: UserError if the data lacks a problem whose stored group would be shown its picture again."""
+    stored = dict.fromkeys((g.task, g.prompt_id) for g in groups if shown is not None or g.task in PICTURED)
+    lacking = [x for x in stored if shown is None or x not in shown.gallery]
+    if lacking:
+        task, id_ = lacking[0]
+        raise UserError(
+            f"{where} stores groups of {len(stored)} problems that are shown again: the data must have all of these, "
+            f"got {len(stored) - len(lacking)}, not {id_} of task {task}"
+        )
 
 
 def _rewound(run: RunDir, step: int, c: Config, prints: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from popo_jax.data.tokenizer import Tokenizer
 from popo_jax.model_config import MODEL_HOW, ModelConfig, VisionConfig
 from popo_jax.models import hf, hf_config, lora, vision_config
 from popo_jax.models.json_files import read_json, write_json
+from popo_jax.task_config import PICTURED
 from popo_jax.types import UserError
 
 ENDS = 2**20
@@ -53,6 +54,13 @@ def scaled(v: VisionConfig, c: Config) -> VisionConfig:
     if v.min_pixels > v.max_pixels:
         raise UserError(f"images.max_pixels must be at least images.min_pixels ({v.min_pixels}), got {v.max_pixels}")
     return v
+
+
+def with_limits(c: Config, v: VisionConfig) -> Config:
+    """With `images.min_pixels` and `max_pixels` as images are scaled, if a task has any: a resumed run must go on with them."""
+    if not any(t.name in PICTURED for t in c.tasks):
+        return c
+    return replace(c, images=replace(c.images, min_pixels=v.min_pixels, max_pixels=v.max_pixels))
 
 
 def checked(policy: Policy, what: str) -> Policy:

@@ -134,24 +134,32 @@ def _settings(c: Config) -> dict[str, Any]:
         "sample.max_response_tokens": s.max_response_tokens,
         "selection.method": c.selection.method,
         "replay.capacity": c.replay.capacity,
+        "images.min_pixels": c.images.min_pixels,
+        "images.max_pixels": c.images.max_pixels,
     }
 
 
-def check_meta(saved: Mapping[str, Any], c: Config, fingerprints: Mapping[str, str], where: str) -> Progress:
-    """The progress in a checkpoint's meta. Errors: UserError if it belongs to another tokenizer, template, reward,
-    advantage, temperature or group size, or was made under higher limits."""
-    check_tokenizer(saved, fingerprints["tokenizer"], where)
-    for name in ("template", "reward"):
-        was, now = saved["fingerprints"].get(name), fingerprints[name]
-        if was != now:
-            raise UserError(f"{where} was written with another {name}: expected fingerprint {now}, got {was}")
+def check_settings(saved: Mapping[str, Any], c: Config, tokenizer: str, where: str) -> None:
+    """Errors: UserError if a checkpoint's meta belongs to another tokenizer (its fingerprint), advantage, temperature, group
+    size or scale of images, or was made under higher limits."""
+    check_tokenizer(saved, tokenizer, where)
     for key, now in _settings(c).items():
-        was = saved["settings"].get(key, now)
+        was = saved["settings"].get(key)
+        if was is None or now is None:  # not known before, or of images of which there are none
+            continue
         limit = key.startswith(("sample.max", "replay"))
         if (now < was) if limit else (now != was):
             raise UserError(
                 f"{where} was written with {key} {was}, which must {'not be lowered' if limit else 'stay'}, got {now}"
             )
+
+
+def check_meta(saved: Mapping[str, Any], fingerprints: Mapping[str, str], where: str) -> Progress:
+    """The progress in a checkpoint's meta. Errors: UserError if it belongs to another template or reward."""
+    for name in ("template", "reward"):
+        was, now = saved["fingerprints"].get(name), fingerprints[name]
+        if was != now:
+            raise UserError(f"{where} was written with another {name}: expected fingerprint {now}, got {was}")
     return Progress(**saved["progress"])
 
 

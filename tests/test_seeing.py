@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from popo_jax import cli, exam, problems, sft, train
+from popo_jax import cli, exam, launch, problems, sft, train
 from popo_jax.sampling import sampler as sampling
 from popo_jax.scenes import blind
 from popo_jax.types import UserError
@@ -104,6 +104,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seeing")
     patch = pytest.MonkeyPatch()
     patch.setenv("POPO_CACHE", str(folder / "cache"))
+    patch.setattr(launch, "Graders", lucky)
     data = tiny.plain.merge(tiny.BASE, tiny.plain.nest({k.replace("__", "."): v for k, v in tiny.SEES.items()}))
     limits = {"max_prompt_tokens": 24, "max_response_tokens": 24, "chunk": 8}
     (folder / "c.yaml").write_text(tiny.run_dir.yaml.safe_dump(data | {"steps": 3, "loss": {"kl_coef": 0.01}, "sample": limits}))
@@ -179,6 +180,44 @@ def test_a_file_of_pictures_is_an_examination_of_a_run_and_of_its_export(run, tm
         given.append([[json.loads(x)["problem"] for x in part] for part in lines])
     assert [len(x) for x in given[0]] == [6, 3], "one problem occurs twice"
     assert len(set(given[0][1])) == 3 and given[0] == given[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--images.max-pixels", "1568"], "was written with images.max_pixels 1003520, which must stay, got 1568"),
+        (["--images.max-pixels", "2000000"], "was written with images.max_pixels 1003520, which must stay, got 2000000"),
+        (["--images.min-pixels", "40000"], "was written with images.min_pixels 784, which must stay, got 40000"),
+        (["--tasks.0.geometry.train-problems", "1"], "problems that are shown again: the data must have all of these, got "),
+    ],
+    ids=" ".join,
+)
+def test_a_resumed_run_is_shown_what_it_was_shown(run, capsys, change, says):
+    """Larger pictures are refused for themselves, not for the room that they would take."""
+    files = ("config.yaml", "metrics.jsonl")
+    before = [(run / f).read_bytes() for f in files]
+    assert cli.main(["train", "--resume", str(run), "--steps", "4", *change]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"error: checkpoint {run}/checkpoints/3 ") and says in said and "\n" not in said
+    assert [(run / f).read_bytes() for f in files] == before
+
+
+def test_stored_groups_want_their_pictures(run):
+    from popo_jax import restore
+    from popo_jax.replay.buffer import Buffer
+    from popo_jax.runtime.checkpoints import Checkpoints
+
+    c = restore.load_config(run / "config.yaml")
+    with Checkpoints(run / "checkpoints", keep_last=2, keep_best=1) as checkpoints:
+        groups = list(Buffer.from_arrays(c.replay, checkpoints.read_replay(3)))
+    shown = problems.load(c, tiny.EYES, sft.fresh_policy(c).model).shown
+    assert groups and launch._check_shown(groups, shown, "HERE") is None
+    for known in (None, shown):
+        other = [dataclasses.replace(g, prompt_id=f"{g.prompt_id}x") for g in groups]
+        with pytest.raises(UserError, match=r"^HERE stores groups of .*, got \d+, not geometry-\w+x of task geometry$"):
+            launch._check_shown(other + groups, known, "HERE")
+    text = [dataclasses.replace(g, task="countdown") for g in groups]
+    assert launch._check_shown(text, None, "HERE") is None
 
 
 def test_grey_pictures_are_other_pictures(run):

@@ -118,6 +118,10 @@ class Gallery:
         self._limit, self._lock = megabytes * 10**6, threading.Lock()
         self.nbytes = 0
 
+    def __contains__(self, key: object) -> bool:
+        """Of a (task, id)."""
+        return key in self._found
+
     def _find(self, task: str, id: str) -> tuple[Drawn, int]:
         if (task, id) not in self._found:
             raise UserError(f"the data of task {task} must have problem {id}, whose picture is to be shown; it has not")
