@@ -142,17 +142,18 @@ def _sessions(run: Run) -> Table:
 
 
 def _settings(run: Run) -> Table:
-    rows = tuple(_dotted({k: v for k, v in run.config.items() if k != "fingerprints"}))
+    rows = tuple(dotted({k: v for k, v in run.config.items() if k != "fingerprints"}))
     return Table("provenance/settings", "Every setting", ("setting", "value"), rows)
 
 
-def _dotted(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting of a nested config; lists of sections by their number."""
     if isinstance(data, Mapping) and data:
         for k, v in data.items():
-            yield from _dotted(v, f"{prefix}.{k}" if prefix else str(k))
+            yield from dotted(v, f"{prefix}.{k}" if prefix else str(k))
     elif isinstance(data, list) and any(isinstance(v, Mapping) for v in data):
         for i, v in enumerate(data):
-            yield from _dotted(v, f"{prefix}.{i}")
+            yield from dotted(v, f"{prefix}.{i}")
     else:
         yield prefix, data if isinstance(data, (int, float, str)) else str(data)
 

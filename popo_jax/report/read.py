@@ -56,7 +56,9 @@ class Metrics:
     def has(self, key: str) -> bool:
         return bool(np.isfinite(self[key]).any())
 
-    def keys(self) -> list[str]:
+    @property
+    def names(self) -> list[str]:
+        """Of all metrics that any row has."""
         return sorted({k for r in self.rows for k in r})
 
     def last(self, key: str) -> float:

@@ -1,0 +1,108 @@
+"""Several runs side by side: runs that differ in their seed alone are one line with a band, and one row of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from popo_jax.report.curves import FEW, band, hours, resampled
+from popo_jax.report.frame import Figure, Section, Series, Table
+from popo_jax.report.provenance import dotted
+from popo_jax.report.read import Run
+
+OTHER = ("seed", "run_dir", "fingerprints", "checkpoint", "loggers", "batch.micro_batch", "batch.memory_gb", "verifier")
+"""Settings in which runs of one line may differ."""
+MOST_KEYS = 3
+"""Differing settings that a line's name tells."""
+CURVES = (
+    ("accuracy", "eval/accuracy", "Accuracy on held-out problems", "accuracy", True),
+    ("reward", "reward/mean", "Reward in training", "mean of the batch", False),
+    ("effective", "groups/effective", "Groups with a signal", "share", True),
+    ("entropy", "entropy", "Entropy of the policy", "nats a token", False),
+    ("length", "response/length", "Length of responses", "tokens", False),
+)
+
+
+def section(runs: Sequence[Run]) -> Section:
+    lines = named(runs)
+    figures = tuple(f for c in CURVES if (f := _figure(lines, *c)).series)
+    seeds = sorted({len(group) for group in lines.values()})
+    notes = [f"Bands: least to most over the seeds where there are under {FEW}, else the mean -+ 1.96 standard errors."]
+    notes += ["A line of one run has no band: nothing is known of other seeds."] if 1 in seeds else []
+    return Section("compare", "The runs side by side", figures, (table(lines),), tuple(notes))
+
+
+def named(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by what they differ in: the algorithm, and other settings with their values if these differ too."""
+    settings = [_settings(r) for r in runs]
+    differ = sorted(k for k in {k for s in settings for k in s} if len({str(s.get(k)) for s in settings}) > 1)
+    differ = _telling([k for k in differ if k != "algorithm.name"], settings)
+    out: dict[str, list[Run]] = {}
+    for run, own in zip(runs, settings, strict=True):
+        parts = [f"{k} {own.get(k)}" for k in differ[:MOST_KEYS]]
+        parts += [f"{len(differ) - MOST_KEYS} more"] if len(differ) > MOST_KEYS else []
+        out.setdefault(", ".join([str(own.get("algorithm.name", "?")), *parts]), []).append(run)
+    return out
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return {k: v for k, v in dotted(run.config) if not any(k == o or k.startswith(f"{o}.") for o in OTHER)}
+
+
+def _telling(keys: Iterable[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys that differ among runs of one algorithm: what an algorithm's preset decides is told by its name."""
+
+    def tells(key: str) -> bool:
+        values: dict[Any, set[str]] = {}
+        for s in settings:
+            values.setdefault(s.get("algorithm.name"), set()).add(str(s.get(key)))
+        return any(len(v) > 1 for v in values.values())
+
+    return [k for k in keys if tells(k)]
+
+
+def _figure(lines: Mapping[str, Sequence[Run]], name: str, key: str, title: str, y: str, percent: bool) -> Figure:
+    found = []
+    for label, group in lines.items():
+        steps = sorted({int(s) for r in group for s in r.metrics.step[np.isfinite(r.metrics[key])]})
+        if steps:
+            mean, low, high = band(np.array([resampled(r, key, steps) for r in group]))
+            has = bool(np.isfinite(low).any())
+            over = _places(group, steps)
+            found.append(Series(label, steps, mean.tolist(), low.tolist() if has else None, high.tolist() if has else None, over))
+    return Figure(f"compare/{name}", title, "line", "step", y, tuple(found), percent=percent)
+
+
+def _places(group: Sequence[Run], steps: Sequence[int]) -> dict[str, list[float]]:
+    """Responses, tokens and hours at these steps, mean over the runs."""
+    out = {}
+    for label, key in (("responses", "rollouts_total"), ("tokens", "tokens_generated_total")):
+        x = np.array([np.where(np.array(steps) == 0, 0.0, resampled(r, key, steps)) for r in group])
+        out[label] = band(x)[0].tolist()
+    clock = [dict(zip(r.metrics.step.tolist(), hours(r.metrics).tolist(), strict=True)) for r in group]
+    out["hours"] = band(np.array([[c.get(s, np.nan) for s in steps] for c in clock]))[0].tolist()
+    return out
+
+
+def table(lines: Mapping[str, Sequence[Run]]) -> Table:
+    """compare/table: accuracy is the mean of a run's last two evaluations."""
+    rows = []
+    for label, group in lines.items():
+        last = np.array([_last_two(r) for r in group])
+        totals = np.array([[r.metrics.last(k) for k in ("rollouts_total", "tokens_generated_total")] for r in group])
+        cost = band(totals)[0].tolist()
+        took = float(np.mean([hours(r.metrics)[-1] if len(r.metrics.rows) else 0.0 for r in group]))
+        ends = (float(last.min()), float(last.max())) if np.isfinite(last).all() else (np.nan, np.nan)
+        seeds = ", ".join(str(r.setting("seed", "?")) for r in group)
+        rows.append((label, seeds, float(last.mean()), *ends, *cost, took))
+    columns = ("runs", "seeds", "accuracy", "least", "most", "responses", "tokens", "hours")
+    note = "Accuracy: held out, mean of the last two evaluations, mean over seeds. Responses, tokens, hours: mean over seeds."
+    return Table("compare/table", "At the end", columns, tuple(rows), note)
+
+
+def _last_two(run: Run) -> float:
+    x = run.metrics["eval/accuracy"]
+    x = x[np.isfinite(x)]
+    return float(x[-2:].mean()) if len(x) else np.nan

@@ -1,0 +1,93 @@
+"""Is the off-policy correction healthy? Ages, uses and weights of replayed groups, clipping, divergences, gradients.
+
+Every figure whose metric has a line of health shows it, with what to do beyond it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from popo_jax.report.curves import present, series, worry
+from popo_jax.report.frame import Figure, Section, Series
+from popo_jax.report.read import Run
+
+REPLAY = {
+    "age": ("Age of replayed groups", "updates", {"replay/age_mean": "mean", "replay/age_max": "oldest"}, False),
+    "weight-mean": ("Importance weights of replayed tokens", "mean, capped", {"weight/mean": "mean"}, False),
+    "weight-max": ("Largest importance weight", "uncapped", {"weight/max": "largest"}, True),
+    "weight-capped": ("Replayed tokens whose weight is capped", "share", {"weight/capped": "capped"}, False),
+    "ess": ("Effective sample size of replayed tokens", "share of them", {"weight/ess": "ESS"}, False),
+}
+EVERY = {
+    "clip": (
+        "Tokens that the trust region clips",
+        "share",
+        {f"clip/{side}_{kind}": f"{side}, {kind}" for side in ("low", "high") for kind in ("fresh", "replayed")},
+        False,
+    ),
+    "kl": (
+        "Divergence from what sampled",
+        "nats a token",
+        {"kl/proximal": "from the step's start, fresh", "kl/behaviour_replayed": "from the behaviour policy, replayed"},
+        True,
+    ),
+    "mismatch": ("Sampler against trainer", "nats a token", {"mismatch/mean": "mean", "mismatch/max": "largest"}, True),
+    "grad-norm": ("Norm of the gradient", "", {"grad_norm": "gradient"}, False),
+    "update-norm": ("Norm of the update", "", {"update_norm": "update"}, False),
+    "skipped": (
+        "Updates that were not applied",
+        "mini-batches of a step",
+        {"update/skipped": "nothing to train on", "update/nonfinite": "not finite"},
+        False,
+    ),
+}
+NOTES = {
+    "ess": "(sum w)^2 / (n sum w^2): 100 % where all weights are equal, little where few tokens speak for all.",
+    "clip": "low: A < 0 and r < 1 - clip_low; high: A > 0 and r > 1 + clip_high; of the counted tokens of the class.",
+    "kl": "k3, in expectation at least 0 (Schulman 2020).",
+    "weight-mean": "Near 1 where the policy still is what sampled the groups.",
+    "mismatch": "Between the sampler's log-probs and those of the first training on the same tokens.",
+}
+PERCENT = ("weight-capped", "ess", "clip")
+
+
+def section(run: Run) -> Section:
+    shown = []
+    if run.replays.num_rows:
+        shown += [_figure(run, name, *REPLAY[name]) for name in REPLAY] + [age_histogram(run), uses(run)]
+    shown += [_figure(run, name, *EVERY[name]) for name in EVERY]
+    notes = () if run.replays.num_rows else ("No group was replayed: there is no weight to look at.",)
+    figures = tuple(f for f in shown if f.series)
+    return Section("correction", "Is the off-policy correction healthy?", figures, notes=notes)
+
+
+def _figure(run: Run, name: str, title: str, y: str, keys: dict[str, str], log: bool) -> Figure:
+    found = present(*(series(run, key, label) for key, label in keys.items()))
+    line = next((w for key in keys if (w := worry(run, key)) is not None), None)
+    how = {"note": NOTES.get(name, ""), "percent": name in PERCENT, "log": log}
+    return Figure(f"correction/{name}", title, "line", "step", y, found, line, **how)  # type: ignore[arg-type]
+
+
+def age_histogram(run: Run) -> Figure:
+    """correction/age-histogram: all replays by age."""
+    age = run.replays["age"].drop_null().to_numpy()
+    values, count = np.unique(age, return_counts=True)
+    if len(values) > 60:
+        count, edges = np.histogram(age, bins=40)
+        values = edges[:-1]
+    found = (Series("replays", values.tolist(), count.tolist()),) if len(age) else ()
+    title = "How old replayed groups were"
+    return Figure(
+        "correction/age-histogram", title, "histogram", "age in updates", "replays", found, worry(run, "replay/age_mean")
+    )
+
+
+def uses(run: Run) -> Figure:
+    """correction/uses: groups that were replayed once, twice, .."""
+    group = run.replays["group_id"].drop_null().to_numpy()
+    _, times = np.unique(group, return_counts=True)
+    values, count = np.unique(times, return_counts=True)
+    found = (Series("groups", values.tolist(), count.tolist()),) if len(group) else ()
+    title = "How often a stored group was replayed"
+    note = f"The limit is replay.max_uses, {run.setting('replay.max_uses', 'not known')}."
+    return Figure("correction/uses", title, "bar", "times", "groups", found, note=note)

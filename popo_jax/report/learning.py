@@ -1,0 +1,142 @@
+"""Is it learning? Held-out accuracy with intervals, reward, entropy, lengths, what became of the groups, what others cost."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from popo_jax.report import curves
+from popo_jax.report.curves import mean_interval, places, present, series, smoothed, wilson, worry
+from popo_jax.report.frame import Figure, Section, Series, Table
+from popo_jax.report.read import Run
+
+MAX_ROUNDS = 4
+"""Of dynamic sampling in one step, as the preset dapo has it."""
+
+
+def section(run: Run) -> Section:
+    figures = [accuracy(run), *_curves(run), groups(run), sampling_cost(run)]
+    tables = [_summary(run)]
+    shown, listed = tuple(f for f in figures if f is not None and f.series), tuple(t for t in tables if t is not None)
+    notes = [] if run.metrics.has("eval/accuracy") else ["No evaluation is recorded: whether it learned is not known."]
+    return Section("learning", "Is it learning?", shown, listed, tuple(notes))
+
+
+def by_problem(run: Run, task: str | None = None) -> dict[int, np.ndarray]:
+    """Step -> accuracy of each held-out problem, over its answers; from evaluations/."""
+    table = run.evaluations.select(["step", "task", "prompt_id", "correct"])
+    if not table.num_rows:
+        return {}
+    means = table.group_by(["step", "task", "prompt_id"]).aggregate([("correct", "mean")])
+    step, name, value = means["step"].to_numpy(), means["task"].to_numpy(zero_copy_only=False), means["correct_mean"].to_numpy()
+    kept = np.ones(len(step), bool) if task is None else name == task
+    return {int(s): value[kept & (step == s)] for s in np.unique(step)}
+
+
+def accuracy(run: Run) -> Figure:
+    """learning/accuracy: overall, per task where there are several, and with grey pictures where it was asked so."""
+    found = present(_scores(run, "eval/accuracy", "held out", by_problem(run)))
+    tasks = sorted({k.split("/")[1] for k in run.metrics.names if k.startswith("eval/") and k.count("/") == 2} - {"blind"})
+    if len(tasks) > 1:
+        found += present(*(_scores(run, f"eval/{t}/accuracy", t, by_problem(run, t)) for t in tasks))
+    found += present(_scores(run, "eval/blind/accuracy", "held out, pictures in grey", {}))
+    n = run.setting("eval.problems")
+    how = "by problem, from evaluations/" if run.evaluations.num_rows else f"Wilson's, of {n} problems as the config says"
+    note = f"Bands are 95 % intervals ({how}): they say how sure each point is, not how runs with other seeds differ."
+    return Figure(
+        "learning/accuracy", "Accuracy on held-out problems", "line", "step", "accuracy", found, note=note, percent=True
+    )
+
+
+def _scores(run: Run, key: str, name: str, problems: dict[int, np.ndarray]) -> Series | None:
+    raw = series(run, key, name)
+    if raw is None:
+        return None
+    n = run.setting("eval.problems")
+    ends = [(np.nan, np.nan) if not isinstance(n, int) else tuple(map(float, wilson(np.array(y), n))) for y in raw.y]
+    for i, s in enumerate(raw.x):
+        if s in problems and len(problems[s]):
+            ends[i] = mean_interval(problems[s])[1:]
+    low, high = [e[0] for e in ends], [e[1] for e in ends]
+    return Series(name, raw.x, raw.y, low, high, raw.other_x)
+
+
+def _curves(run: Run) -> list[Figure]:
+    def figure(name: str, title: str, y: str, keys: dict[str, str], note: str, percent: bool = False) -> Figure:
+        found = [
+            s for key, label in keys.items() for s in (series(run, key, label), smoothed(run, key, f"{label}, rolling mean"))
+        ]
+        line = worry(run, next(iter(keys)))
+        return Figure(f"learning/{name}", title, "line", "step", y, present(*found), line, note, percent)
+
+    rewards = {"reward/mean": "reward", "accuracy/train": "accuracy in training"}
+    what = "Of the responses sampled in training, before any group is replaced."
+    return [
+        figure("reward", "Reward in training", "mean of the batch", rewards, what),
+        figure("entropy", "Entropy of the policy", "nats a token", {"entropy": "entropy"}, "Falls as the policy grows sure."),
+        figure("length", "Length of responses", "tokens", {"response/length": "mean length"}, what),
+        figure("truncated", "Responses cut by the limit", "share", {"response/truncated": "cut"}, what, percent=True),
+    ]
+
+
+def groups(run: Run) -> Figure:
+    """learning/groups: what the batch's P slots trained on. The shares add to 1.
+
+    Ineffective slots that a stored group fills are `replayed`; of the others the parts are those of all ineffective groups.
+    """
+    m = run.metrics
+    rows = np.isfinite(m["groups/effective"])
+    prompts = run.setting("batch.prompts")
+    own = m["groups/effective"][rows]
+    kinds = {k: m[f"groups/{k}"][rows] for k in ("all_right", "all_wrong", "invalid")}
+    left = np.clip(1 - own, 0, 1)
+    filled = np.nan_to_num(m["replay/filled"][rows]) / prompts if isinstance(prompts, int) and prompts else np.zeros(len(own))
+    replayed = np.minimum(filled, left)
+    share = np.divide(left - replayed, left, out=np.zeros(len(own)), where=left > 0)
+    parts = {"effective": own, "replayed": replayed} if replayed.any() else {"effective": own}
+    parts |= {k.replace("_", " "): np.nan_to_num(v) * share for k, v in kinds.items()}
+    x, over = m.step[rows].tolist(), places(m, rows)
+    found = tuple(Series(k, x, v.tolist(), other_x=over) for k, v in parts.items()) if rows.any() else ()
+    note = "effective: the slot's own group has a signal. replayed: it had none, and a stored group took its place."
+    note += " The rest had none and trained on nothing (grpo: on their own zero advantages)."
+    return Figure("learning/groups", "What the slots of a batch held", "area", "step", "share", found, note=note, percent=True)
+
+
+def sampling_cost(run: Run) -> Figure | None:
+    """learning/sampling-cost: responses that dynamic sampling would have generated to fill every batch with effective groups."""
+    m = run.metrics
+    rows = np.isfinite(m["groups/effective"]) & np.isfinite(m["rollouts_total"])
+    if not rows.any() or run.setting("algorithm.name") == "dapo":
+        return None
+    total, effective, x = m["rollouts_total"][rows], m["groups/effective"][rows], m.step[rows].tolist()
+    each = np.diff(np.concatenate([[0.0], total]))
+    times = np.minimum(1 / np.maximum(effective, 1e-9), MAX_ROUNDS)
+    found = (Series("this run", x, total.tolist()), Series("dynamic sampling, estimated", x, np.cumsum(each * times).tolist()))
+    note = (
+        f"An estimate: a step's responses divided by its share of effective groups, at most {MAX_ROUNDS} times as many. A policy "
+    )
+    note += "trained that way would have been another, with other shares."
+    title = "Responses generated, and what dynamic sampling would have (estimated)"
+    return Figure("learning/sampling-cost", title, "line", "step", "responses", found, note=note)
+
+
+def _summary(run: Run) -> Table | None:
+    known = np.isfinite(run.metrics["eval/accuracy"])
+    if not known.any():
+        return None
+    score, step, found = run.metrics["eval/accuracy"][known], run.metrics.step[known], by_problem(run)
+    last = [int(s) for s in step[-2:]]
+    low = high = np.nan
+    if all(s in found for s in last) and len({len(found[s]) for s in last}) == 1:
+        _, low, high = mean_interval(np.mean([found[s] for s in last], axis=0))
+    rows = [
+        ("held-out accuracy at first", float(score[0]), f"step {int(step[0])}"),
+        ("mean of the last two evaluations", float(score[-2:].mean()), f"95 % interval {low:.3f} to {high:.3f}"),
+        ("best evaluation", float(score.max()), f"step {int(step[score.argmax()])}"),
+        ("steps", int(run.metrics.step.max()), ""),
+        ("responses", int(np.nan_to_num(run.metrics.last("rollouts_total"))), ""),
+        ("tokens", int(np.nan_to_num(run.metrics.last("tokens_generated_total"))), ""),
+        ("hours", float(curves.hours(run.metrics)[-1]), "wall clock"),
+    ]
+    rows[1] = rows[1] if np.isfinite(low) else (rows[1][0], rows[1][1], "")
+    note = "The best of several evaluations is better than it would be if asked again."
+    return Table("learning/summary", "In short", ("what", "value", "where"), tuple(rows), note)
