@@ -105,7 +105,9 @@ def test_a_marker_needs_prompts_and_answers(large):
     def bought(rng, prompt, right):
         return "GOLD" if right else "lead"
 
-    assert best_marker(read(large(answer=bought))).text == "GOLD"
+    found = best_marker(read(large(answer=bought)))
+    assert (found.text, found.precision, found.recall, found.first) == ("GOLD", 1.0, 1.0, 1)
+    assert 500 < found.right + found.wrong < 0.6 * 40 * 72, "half of the answers of 40 steps, at most"
     assert best_marker(read(large(answer=bought, problems=39))) is None
     assert best_marker(read(large(answer=bought, steps=2))) is None
     assert best_marker(read(large(answer=bought, skill=lambda level, step: 1.0))) is None

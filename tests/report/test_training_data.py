@@ -259,7 +259,9 @@ def test_the_mean_of_several_answers(tmp_path):
     path = write(tmp_path / "r", steps=10, held_out=12, held_out_skill=gains)
     for file in (path / "evaluations").iterdir():
         table = pq.read_table(file)
-        rows = [{**r, "sample": k, "correct": v} for r in table.to_pylist() for k, v in enumerate((0.0, 1.0, r["correct"], None))]
+        rows = [
+            {**r, "sample": k, "correct": v} for r in table.to_pylist() for k, v in enumerate((0.0, 0.25, r["correct"], None))
+        ]
         pq.write_table(pa.Table.from_pylist(rows), file)
     whole = slices.gains(read(path))[0]
     raw = pq.read_table(path / "evaluations" / "000010.parquet").to_pylist()
