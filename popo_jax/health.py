@@ -133,7 +133,7 @@ RULES: tuple[Rule, ...] = (
         "above",
         10.0,
         "the gradient's norm is {value:.3g}, over ten times what it began with ({limit:.3g})",
-        "optim.max_grad_norm, a lower optim.learning_rate; look at the rows with the largest weights",
+        "a lower optim.grad_clip or optim.learning_rate; look at the rows with the largest weights",
         relative=True,
         window=5,
     ),
