@@ -80,6 +80,11 @@ NO_JAX = [
     "replay.fill",
     "report.read",
     "report.frame",
+    "report.text",
+    "report.charts",
+    "report.pictures",
+    "report.samples",
+    "report.page",
 ]
 
 
