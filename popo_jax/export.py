@@ -1,4 +1,4 @@
-"""`popo export RUN --out DIR`: a folder that transformers opens."""
+"""`popo export RUN --out DIR`: a folder that transformers opens, with the account of its training as its model card."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from etils import epath
 import popo_jax.policy as policies
 from popo_jax import restore
 from popo_jax.models import peft
+from popo_jax.report.account import model_card
+from popo_jax.report.read import read
 from popo_jax.types import UserError
 
 
@@ -47,5 +49,6 @@ def export(
         policy.tokenizer.save(partial)
     else:
         policies.save(partial, policy, restored.state.params)
+    (partial / "README.md").write_text(model_card(read(run), restored.step))
     partial.rename(out)
     return restored.step

@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "sft": WIRING,
     "evaluate": WIRING,
     "exam": WIRING | {"restore", "evaluate", "answers"},
-    "export": WIRING | {"restore"},
+    "export": WIRING | {"restore", "report"},
     "inspect": WIRING | {"restore"},
     "train": {"build", "data", "replay", "runtime", "run_dir", "journal", "evaluate", *TRAINING},
     "launch": WIRING | {"replay", "journal", "evaluate", "sft", "train"},

@@ -17,11 +17,11 @@ MOST_ROWS = 20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def card(run: Run, sections: Sequence[Section], findings: Sequence[Finding]) -> str:
-    """Markdown with a YAML head. Text of the run is escaped: it makes no markup."""
+def card(run: Run, sections: Sequence[Section], findings: Sequence[Finding], step: int | None = None) -> str:
+    """Markdown with a YAML head, for the weights after `step` (None: the last). Text of the run makes no markup."""
     name = run.setting("algorithm.name", "popo")
     lines = ["---", yaml.safe_dump(_head(run), sort_keys=False, allow_unicode=True).strip(), "---", ""]
-    lines += [f"# {_plain(run.name)}", "", _summary(run, name), ""]
+    lines += [f"# {_plain(run.name)}", "", _summary(run, name, step), ""]
     lines += ["## What to know first", ""]
     lines += [f"- **{_plain(f.name)}** ({f.severity}): {_plain(f.sentence)} {_plain(f.advice)}." for f in findings]
     lines += [] if findings else ["- The checks of the training's account found nothing to worry about."]
@@ -56,12 +56,15 @@ def _head(run: Run) -> dict[str, Any]:
     return head
 
 
-def _summary(run: Run, name: str) -> str:
+def _summary(run: Run, name: str, step: int | None) -> str:
     base = run.setting("policy.path") or "a small policy made from nothing, warm-started"
     tasks = ", ".join(run.tasks) or "unknown tasks"
+    last = run.metrics.step.max() if len(run.metrics.rows) else None
+    done = step if step is not None else last
+    told = f"step {done}" if done == last or last is None else f"step {done} of {last}, whose account this is"
     return (
         f"{_plain(str(base))}, fine-tuned by reinforcement learning with verifiable rewards ({_plain(name)}) on {_plain(tasks)} "
-        f"for {run.summary.get('step', 'an unknown number of')} steps with popo_jax, seed {run.setting('seed', '?')}."
+        f"with popo_jax, seed {run.setting('seed', '?')}. The weights are those after {told}."
     )
 
 

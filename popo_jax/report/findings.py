@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from popo_jax.health import Crossing, crossings
+from popo_jax.health import RULES, Crossing, crossings
 from popo_jax.report.counts import binomial_tail
 from popo_jax.report.frame import Finding
 from popo_jax.report.gradient import uses
@@ -18,6 +18,9 @@ from popo_jax.report.suspicions import divergence
 
 ALARMS = ("dead-verifier", "no-signal", "entropy-collapse", "staleness", "few-voices", "nonfinite", "mismatch", "behaviour-drift")
 """Rules of `health` that are alarms; the others are notices."""
+OF_SAMPLES = ("reward-hacking", "reward-without-accuracy", "got-worse", "slice-fell", "slice-untrained", "verifier-failures")
+NAMES = (*(rule.name for rule in RULES), *OF_SAMPLES)
+"""Everything that is looked for."""
 SECTIONS: Mapping[str, str] = {
     **dict.fromkeys(("saturated", "no-signal", "entropy-collapse", "gradient-spike"), "learning"),
     **dict.fromkeys(("staleness", "few-voices", "capped-weights", "behaviour-drift"), "correction"),
@@ -41,9 +44,7 @@ CHANCE = 1e-3
 def findings(run: Run) -> tuple[Finding, ...]:
     """Alarms first. None for a healthy run."""
     found = [*_dead(run), *_crossed(run)]
-    found = [
-        f for f in found if f is found[0] or f.name != found[0].name
-    ]  # the whole run's dead verifier says more than the rule's
+    found = [f for f in found if f is found[0] or f.name != found[0].name]  # of a dead verifier the whole run says more
     found += [*_hacked(run), *_diverged(run), *_fell(run), *_untrained(run), *_failed(run)]
     return tuple(sorted(found, key=lambda f: f.severity != "alarm"))
 

@@ -142,7 +142,10 @@ def _sessions(run: Run) -> Table:
 
 
 def _settings(run: Run) -> Table:
-    rows = tuple(dotted({k: v for k, v in run.config.items() if k != "fingerprints"}))
+    data = {k: v for k, v in run.config.items() if k != "fingerprints"}
+    tasks = [t for t in run.setting("tasks", ()) if isinstance(t, Mapping)]
+    own = [{k: v for k, v in t.items() if k == t.get("name") or not isinstance(v, Mapping)} for t in tasks]
+    rows = tuple(dotted(data | ({"tasks": own} if own else {})))
     return Table("provenance/settings", "Every setting", ("setting", "value"), rows)
 
 
