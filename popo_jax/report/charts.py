@@ -125,10 +125,12 @@ def _others(series: Series, at: np.ndarray) -> dict[str, list[float | None]]:
 
 
 def _shared(figure: Figure) -> np.ndarray | None:
-    """The points to keep of stacked areas, which must be the same for all."""
+    """The points to keep of stacked areas, which must be the same for all; where all have nothing, plotly would draw zeros."""
     if figure.kind != "area" or len({len(s.y) for s in figure.series}) != 1:
         return None
-    return kept([floats(s.y, len(s.y)) for s in figure.series], MOST_POINTS)
+    y = np.array([floats(s.y, len(s.y)) for s in figure.series])
+    there = np.flatnonzero(np.isfinite(y).any(0))
+    return there[kept(list(y[:, there]), MOST_POINTS)]
 
 
 def _format(figure: Figure) -> str:

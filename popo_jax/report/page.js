@@ -52,6 +52,7 @@
       font,
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: ink("--ink") },
       dragmode: touch.matches ? false : "zoom",
       hoverlabel: { bgcolor: ink("--raised"), bordercolor: ink("--line"), font: { ...font, color: ink("--ink") } },
       xaxis: {
@@ -68,7 +69,7 @@
 
   const config = {
     displaylogo: false, responsive: true, displayModeBar: "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d", "pan2d", "zoom2d"],
+    modeBarButtons: [["toImage", "resetScale2d"]], // named, so that none is offered that would send data elsewhere
   };
 
   function draw(place) {
@@ -115,9 +116,9 @@
     return svg;
   }
 
-  function redraw() {
+  function redraw(what = [...drawn.keys()]) {
     for (const line of document.querySelectorAll(".legend line")) line.style.stroke = colour(Number(line.dataset.series));
-    return Promise.all([...drawn.keys()].map(draw));
+    return Promise.all(what.map(draw));
   }
 
   const places = [...document.querySelectorAll(".plot")];
@@ -125,17 +126,16 @@
     for (const s of seen) if (s.isIntersecting) { watch.unobserve(s.target); draw(s.target); }
   }, { rootMargin: "300px 0px" });
   places.forEach(p => watch.observe(p));
-  night.addEventListener("change", redraw);
+  night.addEventListener("change", () => redraw());
 
-  addEventListener("beforeprint", () => {
-    printing = true;
-    for (const p of places) { watch.unobserve(p); draw(p); }
-    redraw();
-  });
-  addEventListener("afterprint", () => {
-    printing = false;
-    redraw();
-  });
+  function print(now) {
+    printing = now;
+    document.documentElement.classList.toggle("printing", now);
+    places.forEach(p => watch.unobserve(p));
+    redraw(places);
+  }
+  addEventListener("beforeprint", () => print(true));
+  addEventListener("afterprint", () => print(false));
 
   function axes() {
     const found = new Set(Object.values(page.figures).flatMap(f => f.layout.meta.other_x));

@@ -226,6 +226,18 @@ def test_the_horizontal_axis_can_be_switched(opened, page_file):
     assert page.locator('[data-figure="learning/norm"] .xtitle').text_content() == "step"
 
 
+def test_figures_offer_nothing_that_leaves_the_page(opened):
+    page, said, asked = opened()
+    place = page.locator(".plot").first
+    place.hover()
+    buttons = place.locator(".modebar-btn")
+    assert [b.get_attribute("data-title") for b in buttons.all()] == ["Download plot as a PNG", "Reset axes"]
+    with page.expect_download() as download:
+        buttons.first.click()
+    assert download.value.suggested_filename.endswith(".png") and said == []
+    assert all(u.startswith(("file:", "data:", "blob:")) for u in asked)
+
+
 def test_a_series_can_be_hidden(opened):
     page, _, _ = opened()
     key = page.locator('figure[id="learning/accuracy"] .legend button').first
@@ -259,13 +271,17 @@ def test_dark_pages_have_dark_colours(opened):
 def test_print_shows_every_figure_and_few_samples(opened, tmp_path):
     page, said, _ = opened(color_scheme="dark")
     page.evaluate(
-        "addEventListener('beforeprint', () => { window.drawn = document.querySelectorAll('.plot.js-plotly-plot').length; })"
+        """addEventListener('beforeprint', () => {
+        window.printed = [document.querySelectorAll('.plot.js-plotly-plot').length,
+            document.querySelector('.gridlayer path').style.stroke, getComputedStyle(document.body).backgroundColor];
+        })"""
     )
     page.pdf(path=str(tmp_path / "report.pdf"))
-    assert page.evaluate("window.drawn") == 5 and said == []
+    assert page.evaluate("window.printed") == [5, "rgb(229, 229, 229)", "rgb(255, 255, 255)"] and said == []
     page.emulate_media(media="print")
     assert page.locator(".group:visible").count() == 1 and page.locator(".filters:visible, .contents:visible").count() == 0
-    page.emulate_media(media="screen")
+    page.emulate_media(media="screen", color_scheme="dark")
     page.wait_for_timeout(500)
     wide = page.locator(".plot").first
     assert wide.evaluate("e => Math.abs(e.querySelector('.main-svg').getBoundingClientRect().width - e.clientWidth)") < 2
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"

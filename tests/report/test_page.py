@@ -74,6 +74,12 @@ def test_stacked_areas_share_their_points():
     assert np.sum([t["y"] for t in data], 0) == pytest.approx(1, abs=1e-5) and {t["stackgroup"] for t in data} == {"one"}
 
 
+def test_areas_are_not_drawn_where_nothing_is_known():
+    y = ([NAN, 0.2, NAN], [NAN, 0.8, 1.0])
+    figure = Figure("a/b", "t", "area", "step", "share", tuple(Series(str(i), [0, 1, 2], v) for i, v in enumerate(y)))
+    assert [(t["x"], t["y"]) for t in plotly_figure(figure)["data"]] == [([1, 2], [0.2, None]), ([1, 2], [0.8, 1.0])]
+
+
 def test_bars_and_histograms():
     trace = plotly_figure(line([1.0, 3.0], ["<b>x</b>", "y"], kind="bar", low=[0.5, 2.0], high=[1.5, 5.0]))
     bar = trace["data"][0]
