@@ -21,6 +21,8 @@ ALARMS = ("dead-verifier", "no-signal", "entropy-collapse", "staleness", "few-vo
 OF_SAMPLES = ("reward-hacking", "reward-without-accuracy", "got-worse", "slice-fell", "slice-untrained", "verifier-failures")
 NAMES = (*(rule.name for rule in RULES), *OF_SAMPLES)
 """Everything that is looked for."""
+FIRST = ("dead-verifier", "reward-hacking", "slice-fell", "got-worse", "reward-without-accuracy")
+"""Of the alarms: what others follow from, and who lost."""
 SECTIONS: Mapping[str, str] = {
     **dict.fromkeys(("saturated", "no-signal", "entropy-collapse", "gradient-spike"), "learning"),
     **dict.fromkeys(("staleness", "few-voices", "capped-weights", "behaviour-drift"), "correction"),
@@ -46,7 +48,7 @@ def findings(run: Run) -> tuple[Finding, ...]:
     found = [*_dead(run), *_crossed(run)]
     found = [f for f in found if f is found[0] or f.name != found[0].name]  # of a dead verifier the whole run says more
     found += [*_hacked(run), *_diverged(run), *_fell(run), *_untrained(run), *_failed(run)]
-    return tuple(sorted(found, key=lambda f: f.severity != "alarm"))
+    return tuple(sorted(found, key=lambda f: (f.severity != "alarm", FIRST.index(f.name) if f.name in FIRST else len(FIRST))))
 
 
 def _crossed(run: Run) -> list[Finding]:
