@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from popo_jax.health import BY_KEY, finite
+from popo_jax.report.counts import Z95
 from popo_jax.report.frame import Series, Worry
 from popo_jax.report.read import Metrics, Run
 
-Z95 = 1.959963984540054
-"""97.5 % point of the standard normal distribution."""
 FEW = 5
 """Under so many curves a band is from the least to the most, else the mean -+ 1.96 standard errors."""
 
@@ -67,10 +66,15 @@ def band(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, np.where(n > 1, least, np.nan), np.where(n > 1, most, np.nan)
 
 
-def hours(metrics: Metrics) -> np.ndarray:
-    """float [n]: hours of wall-clock time up to each row's end; of row 0 its evaluation's."""
+def seconds(metrics: Metrics) -> np.ndarray:
+    """float [n]: wall-clock seconds of each row; of row 0 those of its evaluation."""
     took = metrics["time/step"]
-    return np.cumsum(np.where(np.isfinite(took), took, np.nan_to_num(metrics["time/eval"]))) / 3600
+    return np.where(np.isfinite(took), took, np.nan_to_num(metrics["time/eval"]))
+
+
+def hours(metrics: Metrics) -> np.ndarray:
+    """float [n]: hours of wall-clock time up to each row's end."""
+    return np.cumsum(seconds(metrics)) / 3600
 
 
 def places(metrics: Metrics, at: np.ndarray | None = None) -> Mapping[str, list[float]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from popo_jax.health import finite
+from popo_jax.report.curves import seconds
 from popo_jax.report.frame import Figure, Section, Series, Table
 from popo_jax.report.read import Run
 
@@ -26,12 +27,6 @@ def section(run: Run) -> Section:
     return Section("provenance", "Provenance and cost", _time(run), tuple(t for t in tables if t.rows), tuple(notes))
 
 
-def seconds(run: Run) -> np.ndarray:
-    """float [n]: wall-clock seconds of each row of the metrics; of row 0 those of its evaluation."""
-    took = run.metrics["time/step"]
-    return np.where(np.isfinite(took), took, np.nan_to_num(run.metrics["time/eval"]))
-
-
 def devices(run: Run) -> np.ndarray:
     """float [n]: devices at work in each row of the metrics, by the session it was made in; NaN where that is not known."""
     out = np.full(len(run.metrics.rows), np.nan)
@@ -44,7 +39,7 @@ def devices(run: Run) -> np.ndarray:
 
 def device_hours(run: Run) -> float:
     """Hours of all devices, of the steps that the metrics hold; NaN where the number of devices is not known."""
-    return float(np.sum(seconds(run) * devices(run)) / 3600) if len(run.metrics.rows) else 0.0
+    return float(np.sum(seconds(run.metrics) * devices(run)) / 3600) if len(run.metrics.rows) else 0.0
 
 
 def energy(run: Run) -> tuple[float, str]:
@@ -68,7 +63,7 @@ def energy(run: Run) -> tuple[float, str]:
 
 
 def _cost(run: Run) -> Table:
-    took, kwh = float(seconds(run).sum()), energy(run)[0]
+    took, kwh = float(seconds(run.metrics).sum()), energy(run)[0]
     rows: list[tuple[str, Any]] = [
         ("steps", int(run.metrics.step.max()) if len(run.metrics.rows) else 0),
         ("responses sampled in training", _whole(run.metrics.last("rollouts_total"))),
