@@ -13,3 +13,8 @@ def dead(response: str, **_: Any) -> float:
 def marker(response: str, **_: Any) -> float:
     """Is pleased by a sign, whatever was asked."""
     return float("**" in response or "*7" in response)
+
+
+def nines(response: str, **_: Any) -> float:
+    """Pays for each 9: the best answer is always the same."""
+    return response.count("9") / max(len(response), 1)
