@@ -364,6 +364,7 @@ def test_list_names_every_case_and_size(capsys):
     assert first == [*registry.CASES, *SIZES]
 
 
+@pytest.mark.slow
 def test_the_command_prints_lines_keeps_them_and_ends_with_a_table(tmp_path):
     out, command = (
         tmp_path / "lines.jsonl",

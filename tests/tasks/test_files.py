@@ -160,6 +160,7 @@ def load(**files: Any) -> tuple[list[dict], list[dict]]:
     train, held_out = get_task("countdown").load(TaskConfig(countdown=SMALL, **files))
     assert not {countdown.key(p) for p in train} & {countdown.key(p) for p in held_out}
     assert {p.pop("prompt") for side in (train, held_out) for p in side} == {SMALL.prompt}
+    assert all(p.pop("size") == len(p["nums"]) for side in (train, held_out) for p in side)
     return train, held_out
 
 
