@@ -49,6 +49,13 @@ def export(
         policy.tokenizer.save(partial)
     else:
         policies.save(partial, policy, restored.state.params)
-    (partial / "README.md").write_text(model_card(read(run), restored.step))
+    (partial / "README.md").write_text(_card(run, restored.step, adapter))
     partial.rename(out)
     return restored.step
+
+
+def _card(run: epath.PathLike, step: int, adapter: bool) -> str:
+    try:
+        return model_card(read(run), step, adapter=adapter)
+    except Exception as e:  # the weights are worth more than their account
+        return f"The account of this training could not be made ({type(e).__name__}: {e}). popo report {run} may tell more.\n"

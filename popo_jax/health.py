@@ -142,8 +142,9 @@ RULES: tuple[Rule, ...] = (
         "update/nonfinite",
         "above",
         0.0,
-        "updates were not finite and not applied ({value:.0%} of the last steps)",
+        "updates were not finite and not applied, up to {value:.0f} in a step",
         "a lower optim.learning_rate; model.dtype float32 to look for an overflow",
+        window=1,
         least=1,
     ),
     Rule(
@@ -218,7 +219,7 @@ class _Follower:
             if self.rule.relative:
                 return False
         self.mean = sum(self.recent) / len(self.recent)
-        if len(self.recent) < self.rule.least or self._excused():
+        if len(self.recent) < self.rule.least or self._excused() or (self.rule.relative and not self.limit > 0):
             return False
         return self.mean > self.limit if self.rule.when == "above" else self.mean < self.limit
 
@@ -260,5 +261,10 @@ def crossings(rows: Iterable[Mapping[str, Any]], rules: Sequence[Rule] = RULES) 
 
 def finite(x: Any) -> float | None:
     """A number that is one; None for anything else."""
-    number = isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-    return float(x) if number else None
+    if not isinstance(x, (int, float)) or isinstance(x, bool):
+        return None
+    try:
+        value = float(x)
+    except OverflowError:  # a whole number beyond any float
+        return None
+    return value if math.isfinite(value) else None

@@ -31,7 +31,7 @@ from popo_jax.run_dir import Progress, RunDir, digest, versions
 from popo_jax.runtime.checkpoints import Checkpoints
 from popo_jax.runtime.clocks import Clock
 from popo_jax.runtime.console import Console
-from popo_jax.runtime.machine import Meter, session
+from popo_jax.runtime.machine import Meter, counters_found, session
 from popo_jax.runtime.mesh import make_mesh, place
 from popo_jax.runtime.peers import Peers
 from popo_jax.runtime.signals import stop_wish
@@ -154,7 +154,7 @@ def _go(
     shown, decode = sources.shown, policy.tokenizer.decode
     look, files = (shown.gallery, shown.files) if shown is not None else (None, None)
     loggers = Loggers(c.loggers if first else (), run.path, plain.to_plain(c))
-    clock, watch, meter = Clock(), Watch(), Meter() if peers.count == 1 else Meter({})
+    clock, watch, meter = Clock(), Watch(), _meter(peers)
     for row in run.metrics.rows():
         watch.see(row)
     journal = Journal(run, loggers, console, first, files, watch, meter)
@@ -183,7 +183,14 @@ def _go(
             journal.row({"step": 0} | score(start.state.params, 0))
         _, progress = train.loop(parts, start.state, start.progress)
         checkpoints.wait()
+    loggers.close()
     return peers.first("end", lambda: _finish(c, run, progress, time.monotonic() - began, console))
+
+
+def _meter(peers: Peers) -> Meter:
+    """Of a run of one process; of several, no host sees all."""
+    devices = jax.devices()
+    return Meter(counters_found(devices[0].platform, len(devices)) if peers.count == 1 else {})
 
 
 def _shared_stream(stream: PromptStream, peers: Peers) -> Callable[[int, int], list[Prompt]]:

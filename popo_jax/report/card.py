@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,17 +15,27 @@ from popo_jax.report.read import Run
 TABLES = ("learning/summary", "data/gains", "data/slices", "data/prompts", "safeguards/settings", "provenance/cost")
 """Of the report, those that a card has; the settings that bound the run with how often each fired."""
 MOST_ROWS = 20
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def card(run: Run, sections: Sequence[Section], findings: Sequence[Finding], step: int | None = None) -> str:
-    """Markdown with a YAML head, for the weights after `step` (None: the last). Text of the run makes no markup."""
-    name = run.setting("algorithm.name", "popo")
-    lines = ["---", yaml.safe_dump(_head(run), sort_keys=False, allow_unicode=True).strip(), "---", ""]
+def card(
+    run: Run,
+    sections: Sequence[Section],
+    findings: Sequence[Finding],
+    checked: Sequence[str] = (),
+    step: int | None = None,
+    *,
+    adapter: bool = False,
+) -> str:
+    """Markdown with a YAML head, for the weights after `step` (None: the last); adapter: LoRA's alone. checked: names of what was
+    looked for. Text of the run makes no markup."""
+    name = str(run.setting("algorithm.name", "popo"))
+    lines = ["---", yaml.safe_dump(_head(run, step, adapter), sort_keys=False, allow_unicode=True).strip(), "---", ""]
     lines += [f"# {_plain(run.name)}", "", _summary(run, name, step), ""]
     lines += ["## What to know first", ""]
-    lines += [f"- **{_plain(f.name)}** ({f.severity}): {_plain(f.sentence)} {_plain(f.advice)}." for f in findings]
-    lines += [] if findings else ["- The checks of the training's account found nothing to worry about."]
+    lines += [f"- **{_plain(f.name)}** ({f.severity}): {_plain(f.sentence)} {_plain(f.advice)}" for f in findings]
+    looked = ", ".join(n.replace("-", " ") for n in checked) or "nothing could be checked"
+    lines += [] if findings else [f"- The account of the training found nothing to worry about. Looked for: {looked}."]
     tables = {t.id: t for s in sections for t in s.tables}
     for id_ in TABLES:
         if id_ in tables and tables[id_].rows:
@@ -35,17 +46,17 @@ def card(run: Run, sections: Sequence[Section], findings: Sequence[Finding], ste
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _head(run: Run) -> dict[str, Any]:
-    base = run.setting("policy.path")
-    head: dict[str, Any] = {"library_name": "transformers", "tags": ["reinforcement-learning", "rlvr", "popo"]}
+def _head(run: Run, step: int | None, adapter: bool) -> dict[str, Any]:
+    base, library = run.setting("policy.path"), "peft" if adapter else "transformers"
+    head: dict[str, Any] = {"library_name": library, "tags": ["reinforcement-learning", "rlvr", "popo"]}
     head["tags"] += [str(run.setting("algorithm.name", "popo"))] if run.setting("algorithm.name") != "popo" else []
-    if isinstance(base, str) and _HUB_ID.fullmatch(base):
-        head |= {"base_model": base, "base_model_relation": "finetune"}
-    sets = [own.get("dataset") for t in run.setting("tasks", ()) if isinstance(own := t.get(t.get("name"), {}), dict)]
+    if isinstance(base, str) and _HUB_ID.fullmatch(base) and not Path(base).exists():  # a folder here is nobody's model there
+        head |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
+    sets = [own.get("dataset") for t in run.task_configs if isinstance(own := t.get(t["name"]), dict)]
     if any(sets):
         head["datasets"] = sorted({str(s) for s in sets if s})
     score = run.summary.get("eval/accuracy/last_two")
-    if isinstance(score, (int, float)):
+    if isinstance(score, (int, float)) and step in (None, _last(run)):  # it is the last weights'
         metric = [{"type": "accuracy", "name": "held-out accuracy, mean of the last two evaluations", "value": round(score, 4)}]
         result = {
             "task": {"type": "text-generation"},
@@ -56,10 +67,14 @@ def _head(run: Run) -> dict[str, Any]:
     return head
 
 
+def _last(run: Run) -> int | None:
+    return int(run.metrics.step.max()) if len(run.metrics.rows) else None
+
+
 def _summary(run: Run, name: str, step: int | None) -> str:
     base = run.setting("policy.path") or "a small policy made from nothing, warm-started"
     tasks = ", ".join(run.tasks) or "unknown tasks"
-    last = run.metrics.step.max() if len(run.metrics.rows) else None
+    last = _last(run)
     done = step if step is not None else last
     told = f"step {done}" if done == last or last is None else f"step {done} of {last}, whose account this is"
     return (
@@ -80,7 +95,7 @@ def _limits(run: Run) -> str:
 def _made(run: Run) -> Table:
     last: Any = run.sessions[-1] if run.sessions else {}
     rows = [("popo-jax", last.get("code")), ("commit", last.get("git")), ("seed", run.setting("seed"))]
-    rows += [(f"fingerprint of {k}", v) for k, v in dict(run.setting("fingerprints", {})).items()]
+    rows += [(f"fingerprint of {k}", v) for k, v in run.fingerprints.items()]
     return Table("card/made", "How it was made", ("what", "value"), tuple((k, v) for k, v in rows if v is not None))
 
 

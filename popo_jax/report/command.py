@@ -10,7 +10,6 @@ from pathlib import Path
 import tyro
 
 from popo_jax.report.account import account, model_card
-from popo_jax.report.findings import NAMES
 from popo_jax.report.frame import to_plain
 from popo_jax.report.page import render
 from popo_jax.report.read import read
@@ -21,7 +20,7 @@ from popo_jax.types import UserError
 class ReportArgs:
     """The account of a run, as one HTML file that needs no network; of several runs, their comparison."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tyro.conf.Positional[tuple[str, ...]]
     """Run directories: finished, still going, or cut short."""
     out: Path | None = None
     """Where to. None: report.html in the run's directory, or here for several runs; --json and --card: to the console."""
@@ -43,7 +42,7 @@ def command(a: ReportArgs) -> None:
     found = account(runs)
     if a.json:
         return _written(json.dumps(to_plain(found), indent=1), a.out)
-    page = render(found.title, found.findings, found.sections, found.missing, runs=runs, checked=NAMES)
+    page = render(found.title, found.findings, found.sections, found.missing, runs=runs, checked=found.checked)
     _written(page, out := a.out or _default(a.runs))
     names = list(dict.fromkeys(f.name for f in found.findings))
     print(
@@ -61,5 +60,5 @@ def _written(text: str, out: Path | None) -> None:
     out.write_text(text, encoding="utf-8")
 
 
-def _default(runs: Sequence[Path]) -> Path:
-    return runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+def _default(runs: Sequence[str]) -> Path:
+    return Path(runs[0]) / "report.html" if len(runs) == 1 else Path("report.html")

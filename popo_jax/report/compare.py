@@ -31,7 +31,25 @@ def section(runs: Sequence[Run]) -> Section:
     seeds = sorted({len(group) for group in lines.values()})
     notes = [f"Bands: least to most over the seeds where there are under {FEW}, else the mean -+ 1.96 standard errors."]
     notes += ["A line of one run has no band: nothing is known of other seeds."] if 1 in seeds else []
-    return Section("compare", "The runs side by side", figures, (table(lines),), tuple(notes))
+    return Section("compare", "The runs side by side", figures, (table(lines),), (*notes, *_cautions(lines)))
+
+
+def _cautions(lines: Mapping[str, Sequence[Run]]) -> list[str]:
+    """What of the runs of a line does not belong together."""
+    out = []
+    for label, group in lines.items():
+        ends = {int(r.metrics.step.max()) if len(r.metrics.rows) else 0 for r in group}
+        if len(ends) > 1:
+            out.append(
+                f"{label}: its runs ended at different steps ({min(ends)} to {max(ends)}); later points are of fewer runs."
+            )
+        if len({str(r.fingerprints.get("data")) for r in group}) > 1:
+            out.append(f"{label}: its runs were trained on different data (fingerprints).")
+        if len({r.setting("seed") for r in group}) < len(group):
+            out.append(f"{label}: a seed occurs twice, so that its runs are no independent ones.")
+        if not all(r.metrics.has("eval/accuracy") for r in group):
+            out.append(f"{label}: a run without an evaluation is not in its accuracy.")
+    return out
 
 
 def named(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -94,7 +112,8 @@ def table(lines: Mapping[str, Sequence[Run]]) -> Table:
         totals = np.array([[r.metrics.last(k) for k in ("rollouts_total", "tokens_generated_total")] for r in group])
         cost = band(totals)[0].tolist()
         took = float(np.mean([hours(r.metrics)[-1] if len(r.metrics.rows) else 0.0 for r in group]))
-        ends = (float(last.min()), float(last.max())) if np.isfinite(last).all() else (np.nan, np.nan)
+        last = last[np.isfinite(last)] if np.isfinite(last).any() else last
+        ends = (float(last.min()), float(last.max()))
         seeds = ", ".join(str(r.setting("seed", "?")) for r in group)
         rows.append((label, seeds, float(last.mean()), *ends, *cost, took))
     columns = ("runs", "seeds", "accuracy", "least", "most", "responses", "tokens", "hours")

@@ -19,36 +19,43 @@ REPLAY = {
     "ess": ("Effective sample size of replayed tokens", "share of them", {"weight/ess": "ESS"}, False),
 }
 EVERY = {
-    "clip": (
-        "Tokens that the trust region clips",
+    "clip-fresh": (
+        "Fresh tokens that the trust region clips",
         "share",
-        {f"clip/{side}_{kind}": f"{side}, {kind}" for side in ("low", "high") for kind in ("fresh", "replayed")},
+        {"clip/low_fresh": "low", "clip/high_fresh": "high"},
         False,
     ),
-    "kl": (
-        "Divergence from what sampled",
+    "clip-replayed": (
+        "Replayed tokens that the trust region clips",
+        "share",
+        {"clip/low_replayed": "low", "clip/high_replayed": "high"},
+        False,
+    ),
+    "kl-proximal": ("Divergence within a step, fresh tokens", "nats a token", {"kl/proximal": "from the step's start"}, True),
+    "kl-behaviour": (
+        "Divergence from what sampled, replayed tokens",
         "nats a token",
-        {"kl/proximal": "from the step's start, fresh", "kl/behaviour_replayed": "from the behaviour policy, replayed"},
+        {"kl/behaviour_replayed": "from the behaviour policy"},
         True,
     ),
     "mismatch": ("Sampler against trainer", "nats a token", {"mismatch/mean": "mean", "mismatch/max": "largest"}, True),
     "grad-norm": ("Norm of the gradient", "", {"grad_norm": "gradient"}, False),
     "update-norm": ("Norm of the update", "", {"update_norm": "update"}, False),
-    "skipped": (
-        "Updates that were not applied",
-        "mini-batches of a step",
-        {"update/skipped": "nothing to train on", "update/nonfinite": "not finite"},
-        False,
-    ),
+    "skipped": ("Updates with nothing to train on", "mini-batches of a step", {"update/skipped": "skipped"}, False),
+    "nonfinite": ("Updates that were not finite", "mini-batches of a step", {"update/nonfinite": "not applied"}, False),
 }
 NOTES = {
     "ess": "(sum w)^2 / (n sum w^2): 100 % where all weights are equal, little where few tokens speak for all.",
-    "clip": "low: A < 0 and r < 1 - clip_low; high: A > 0 and r > 1 + clip_high; of the counted tokens of the class.",
-    "kl": "k3, in expectation at least 0 (Schulman 2020).",
-    "weight-mean": "Near 1 where the policy still is what sampled the groups.",
+    "clip-fresh": "low: A < 0 and r < 1 - clip_low; high: A > 0 and r > 1 + clip_high; of the counted tokens.",
+    "clip-replayed": "As for fresh tokens. No line: around a behaviour policy of ten updates ago a tenth is usual.",
+    "kl-proximal": "k3, in expectation at least 0 (Schulman 2020).",
+    "kl-behaviour": "k3, in expectation at least 0 (Schulman 2020).",
+    "weight-mean": "Near 1 where the policy still is what sampled the groups; far from it, look at the effective sample size.",
+    "weight-max": "No line: the cap bounds what a single token does. Where the ESS falls too, lower replay.max_age.",
+    "update-norm": "No line: it follows optim.learning_rate. A jump without one of the gradient's norm is worth a look.",
     "mismatch": "Between the sampler's log-probs and those of the first training on the same tokens.",
 }
-PERCENT = ("weight-capped", "ess", "clip")
+PERCENT = ("weight-capped", "ess", "clip-fresh", "clip-replayed")
 
 
 def section(run: Run) -> Section:
@@ -77,9 +84,7 @@ def age_histogram(run: Run) -> Figure:
         values = edges[:-1]
     found = (Series("replays", values.tolist(), count.tolist()),) if len(age) else ()
     title = "How old replayed groups were"
-    return Figure(
-        "correction/age-histogram", title, "histogram", "age in updates", "replays", found, worry(run, "replay/age_mean")
-    )
+    return Figure("correction/age-histogram", title, "histogram", "age in updates", "replays", found)
 
 
 def uses(run: Run) -> Figure:
@@ -89,5 +94,6 @@ def uses(run: Run) -> Figure:
     values, count = np.unique(times, return_counts=True)
     found = (Series("groups", values.tolist(), count.tolist()),) if len(group) else ()
     title = "How often a stored group was replayed"
-    note = f"The limit is replay.max_uses, {run.setting('replay.max_uses', 'not known')}."
+    limit = run.setting("replay.max_uses", "not known")
+    note = f"The limit is replay.max_uses, {limit}: lower it where few groups fill most slots."
     return Figure("correction/uses", title, "bar", "times", "groups", found, note=note)

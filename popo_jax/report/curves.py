@@ -19,6 +19,7 @@ FEW = 5
 def wilson(share: np.ndarray, n: float) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of a share among n (Wilson 1927); NaN stays."""
     z, p = Z95, np.asarray(share, float)
+    n = max(n, 1)
     middle, width = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return (middle - width) / (1 + z**2 / n), (middle + width) / (1 + z**2 / n)
 

@@ -13,7 +13,7 @@ from popo_jax.report.gradient import uses
 from popo_jax.report.markers import best_marker
 from popo_jax.report.read import Run
 from popo_jax.report.safeguards import failures
-from popo_jax.report.slices import gains, label, number, prompts, sliced
+from popo_jax.report.slices import evaluated_steps, gains, label, number, prompts, sliced
 from popo_jax.report.suspicions import divergence
 
 ALARMS = ("dead-verifier", "no-signal", "entropy-collapse", "staleness", "few-voices", "nonfinite", "mismatch", "behaviour-drift")
@@ -51,6 +51,17 @@ def findings(run: Run) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda f: (f.severity != "alarm", FIRST.index(f.name) if f.name in FIRST else len(FIRST))))
 
 
+def checked(run: Run) -> tuple[str, ...]:
+    """Names of what could be looked for in what the run holds."""
+    known = set(run.metrics.names)
+    evaluated, sampled = len(evaluated_steps(run)) > 1, bool(len(run.samples))
+    can = {"reward-hacking": sampled, "verifier-failures": sampled, "reward-without-accuracy": evaluated, "got-worse": evaluated}
+    sliced_ = evaluated and bool(run.slices)
+    can |= {"slice-fell": sliced_, "slice-untrained": sampled and bool(len(run.evaluations)) and bool(run.slices)}
+    can |= {r.name: r.key in known and run.metrics.has(r.key) for r in RULES}
+    return tuple(name for name in NAMES if can[name])
+
+
 def _crossed(run: Run) -> list[Finding]:
     rows = run.metrics.rows
     end = int(run.metrics.step.max()) if rows else 0
@@ -59,9 +70,11 @@ def _crossed(run: Run) -> list[Finding]:
 
 def _of_rule(c: Crossing, end: int) -> Finding:
     where = f"steps {c.first} to {c.last}" if c.last > c.first else f"step {c.first}"
+    where = f"{c.steps} of the {where}" if c.steps < c.last - c.first + 1 else where
     early = c.last <= EARLY * end
     sentence = f"In {where}: {c.sentence}." + (" It did not come back." if early else "")
-    alarm = c.rule.name in ALARMS and not early
+    from_the_start = c.rule.name == "saturated" and c.first <= max(c.rule.window, EARLY * end)  # nothing was learned by then
+    alarm = (c.rule.name in ALARMS or from_the_start) and not early
     advice = f"{c.rule.advice[:1].upper()}{c.rule.advice[1:]}."
     section = SECTIONS.get(c.rule.name, "safeguards")
     return Finding(c.rule.name, sentence, advice, section, "alarm" if alarm else "notice")

@@ -10,11 +10,11 @@ from popo_jax.report.frame import Figure, Section, Series, Table
 from popo_jax.report.read import Run
 
 MAX_ROUNDS = 4
-"""Of dynamic sampling in one step, as the preset dapo has it."""
+"""Of dynamic sampling in one step, where the config does not say."""
 
 
 def section(run: Run) -> Section:
-    figures = [accuracy(run), *_curves(run), groups(run), sampling_cost(run)]
+    figures = [accuracy(run), *_curves(run), groups(run), slots(run), sampling_cost(run)]
     tables = [_summary(run)]
     shown, listed = tuple(f for f in figures if f is not None and f.series), tuple(t for t in tables if t is not None)
     notes = [] if run.metrics.has("eval/accuracy") else ["No evaluation is recorded: whether it learned is not known."]
@@ -79,26 +79,32 @@ def _curves(run: Run) -> list[Figure]:
 
 
 def groups(run: Run) -> Figure:
-    """learning/groups: what the batch's P slots trained on. The shares add to 1.
-
-    Ineffective slots that a stored group fills are `replayed`; of the others the parts are those of all ineffective groups.
-    """
+    """learning/groups: what became of the groups that were sampled (dapo: in all rounds), as the metrics have it."""
     m = run.metrics
     rows = np.isfinite(m["groups/effective"])
-    prompts = run.setting("batch.prompts")
-    own = m["groups/effective"][rows]
-    kinds = {k: m[f"groups/{k}"][rows] for k in ("all_right", "all_wrong", "invalid")}
-    left = np.clip(1 - own, 0, 1)
-    filled = np.nan_to_num(m["replay/filled"][rows]) / prompts if isinstance(prompts, int) and prompts else np.zeros(len(own))
-    replayed = np.minimum(filled, left)
-    share = np.divide(left - replayed, left, out=np.zeros(len(own)), where=left > 0)
-    parts = {"effective": own, "replayed": replayed} if replayed.any() else {"effective": own}
-    parts |= {k.replace("_", " "): np.nan_to_num(v) * share for k, v in kinds.items()}
     x, over = m.step[rows].tolist(), places(m, rows)
-    found = tuple(Series(k, x, v.tolist(), other_x=over) for k, v in parts.items()) if rows.any() else ()
-    note = "effective: the slot's own group has a signal. replayed: it had none, and a stored group took its place."
-    note += " The rest had none and trained on nothing (grpo: on their own zero advantages)."
-    return Figure("learning/groups", "What the slots of a batch held", "area", "step", "share", found, note=note, percent=True)
+    kinds = ("effective", "all_right", "all_wrong", "invalid")
+    found = tuple(Series(k.replace("_", " "), x, np.nan_to_num(m[f"groups/{k}"][rows]).tolist(), other_x=over) for k in kinds)
+    note = "effective: some answers right, some wrong: a signal. invalid: a verifier failed, or no row counts."
+    return Figure(
+        "learning/groups", "Groups that were sampled", "area", "step", "share", found if x else (), note=note, percent=True
+    )
+
+
+def slots(run: Run) -> Figure | None:
+    """learning/slots: what the slots of a batch trained on: a group of the step's own, a stored one, or nothing."""
+    m = run.metrics
+    filled, unfilled = m["replay/filled"], m["replay/unfilled"]
+    rows = np.isfinite(filled) & np.isfinite(unfilled)
+    prompts, extra = run.number("batch.prompts"), run.number("replay.extra") or 0.0
+    if prompts is None or not rows.any() or not np.nansum(filled):
+        return None
+    total, x, over = prompts + extra, m.step[rows].tolist(), places(m, rows)
+    parts = {"own groups": total - filled[rows] - unfilled[rows], "replayed": filled[rows], "unfilled": unfilled[rows]}
+    found = tuple(Series(k, x, (v / total).tolist(), other_x=over) for k, v in parts.items())
+    note = f"Of {total:.0f} slots a step. Replayed: the slot's own group had no signal, and a stored one took its place"
+    note += f"; {extra:.0f} slots are for stored groups alone." if extra else "."
+    return Figure("learning/slots", "What the batch trained on", "area", "step", "share of slots", found, note=note, percent=True)
 
 
 def sampling_cost(run: Run) -> Figure | None:
@@ -108,13 +114,12 @@ def sampling_cost(run: Run) -> Figure | None:
     if not rows.any() or run.setting("algorithm.name") == "dapo":
         return None
     total, effective, x = m["rollouts_total"][rows], m["groups/effective"][rows], m.step[rows].tolist()
+    most = run.number("algorithm.max_rounds") or MAX_ROUNDS
     each = np.diff(np.concatenate([[0.0], total]))
-    times = np.minimum(1 / np.maximum(effective, 1e-9), MAX_ROUNDS)
-    found = (Series("this run", x, total.tolist()), Series("dynamic sampling, estimated", x, np.cumsum(each * times).tolist()))
-    note = (
-        f"An estimate: a step's responses divided by its share of effective groups, at most {MAX_ROUNDS} times as many. A policy "
-    )
-    note += "trained that way would have been another, with other shares."
+    rounds = np.minimum(np.ceil(1 / np.maximum(effective, 1e-9) - 1e-9), most)
+    found = (Series("this run", x, total.tolist()), Series("dynamic sampling, estimated", x, np.cumsum(each * rounds).tolist()))
+    note = f"An estimate: whole rounds until the share of effective groups fills the batch, at most {most:.0f}. A policy trained "
+    note += "that way would have been another, with other shares."
     title = "Responses generated, and what dynamic sampling would have (estimated)"
     return Figure("learning/sampling-cost", title, "line", "step", "responses", found, note=note)
 

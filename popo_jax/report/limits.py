@@ -52,7 +52,7 @@ def _clips(run: Run) -> list[Row]:
 def _replay(run: Run) -> list[Row]:
     """Weights and the buffer's limits."""
     age, (group, groups) = run.replays["age"].to_numpy().astype(float), coded(run.replays["group_id"])
-    at = {k: run.setting(f"replay.{k}") for k in ("min_age", "max_age", "max_uses", "capacity")}
+    at = {k: run.number(f"replay.{k}") for k in ("min_age", "max_age", "max_uses", "capacity")}
     known = np.isfinite(age)
     ages = {k: float((age[known] == at[k]).mean()) if known.any() and at[k] is not None else None for k in ("min_age", "max_age")}
     uses = np.bincount(group[group >= 0], minlength=len(groups))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,16 +51,18 @@ def energy(run: Run) -> tuple[float, str]:
     if known.any():
         share = known[steps].mean()
         part = "" if share == 1 else f", of {share:.0%} of the steps"
-        return float(np.nansum(counted)) / 3.6e6, f"Energy: counted by the devices of this host (NVML, powercap){part}."
+        told = f"Energy: counted by the run's devices (NVML, or the CPU's packages){part}, with whatever else ran on them"
+        return float(np.nansum(counted)) / 3.6e6, f"{told}; hosts of GPUs, cooling and network are not in it."
     kinds = {str((s.get("devices") or {}).get("kind", "")) for s in run.sessions}
-    watts = {kind: next((w for part, w in RATED_WATTS.items() if part in kind), None) for kind in kinds}
+    watts = {kind: next((w for part, w in RATED_WATTS.items() if re.search(rf"\b{part}\b", kind)), None) for kind in kinds}
     hours = device_hours(run)
     if len(watts) == 1 and np.isfinite(hours) and (rated := next(iter(watts.values()))) is not None:
         kind = next(iter(watts))
         told = f"Energy: estimated as device hours x {rated:.0f} W, the rated power of one {kind}: an upper bound for the boards"
-        return hours * rated / 1000, f"{told}; hosts, cooling and network are not in it."
+        return hours * rated / 1000, f"{told} in these hours; hosts, cooling and network are not in it."
     found = ", ".join(sorted(filter(None, kinds))) or "an unknown device"
-    return float("nan"), f"Energy: not known. No counter could be read, and no rated power is kept for {found}."
+    why = "no rated power is kept for" if len(kinds) < 2 else "the sessions ran on different kinds:"
+    return float("nan"), f"Energy: not known. No counter could be read, and {why} {found}."
 
 
 def _cost(run: Run) -> Table:
@@ -69,7 +72,8 @@ def _cost(run: Run) -> Table:
         ("responses sampled in training", _whole(run.metrics.last("rollouts_total"))),
         ("tokens sampled in training", _whole(run.metrics.last("tokens_generated_total"))),
         ("answers to held-out problems", run.evaluations.num_rows or None),
-        ("hours, wall clock", took / 3600),
+        ("hours, sum of the steps", took / 3600),
+        ("hours of the last session, with what is saved", _hours(run)),
         ("device hours", device_hours(run)),
         ("energy, kWh", kwh),
     ]
@@ -77,7 +81,10 @@ def _cost(run: Run) -> Table:
         total = float(np.nansum(run.metrics[f"time/{part}"]))
         if total and took:
             rows.append((f"{part}: hours", total / 3600))
-    note = "Steps that a resumed run did again are counted once. " + energy(run)[1]
+    note = (
+        "Hours are those of the steps in metrics.jsonl: steps that a resumed run did again are counted once; writing samples and "
+    )
+    note += "checkpoints, loading and the warm start are not in them. " + energy(run)[1]
     return Table("provenance/cost", "What it cost", ("what", "value"), tuple(rows), note)
 
 
@@ -105,14 +112,14 @@ def _code(run: Run) -> Table:
 
 
 def _data(run: Run) -> Table:
-    prints = run.setting("fingerprints", {})
-    rows: list[tuple[Any, ...]] = [(f"fingerprint of {name}", value) for name, value in dict(prints).items()]
-    for i, task in enumerate(run.setting("tasks", ())):
-        own = task.get(task.get("name"), {}) if isinstance(task, Mapping) else {}
+    prints = run.fingerprints
+    rows: list[tuple[Any, ...]] = [(f"fingerprint of {name}", value) for name, value in prints.items()]
+    for i, task in enumerate(run.task_configs):
+        own = task.get(task["name"])
         source = task.get("train_file") or (own.get("dataset") if isinstance(own, Mapping) else None) or "generated"
         rows.append((f"task {i}: {task.get('name')}", source))
     rows.append(("policy at the start", run.setting("policy.path") or "a warm start of a fresh policy"))
-    rows.append(("seed", run.setting("seed")))
+    rows.append(("seed", str(run.setting("seed"))))
     note = "Fingerprints change with the data, the prompt's template, the reward on fixed answers, the tokenizer."
     return Table("provenance/data", "Data, policy, seed", ("what", "value"), tuple(rows) if prints or run.config else (), note)
 
@@ -138,8 +145,7 @@ def _sessions(run: Run) -> Table:
 
 def _settings(run: Run) -> Table:
     data = {k: v for k, v in run.config.items() if k != "fingerprints"}
-    tasks = [t for t in run.setting("tasks", ()) if isinstance(t, Mapping)]
-    own = [{k: v for k, v in t.items() if k == t.get("name") or not isinstance(v, Mapping)} for t in tasks]
+    own = [{k: v for k, v in t.items() if k == t["name"] or not isinstance(v, Mapping)} for t in run.task_configs]
     rows = tuple(dotted(data | ({"tasks": own} if own else {})))
     return Table("provenance/settings", "Every setting", ("setting", "value"), rows)
 
@@ -154,6 +160,11 @@ def dotted(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from dotted(v, f"{prefix}.{i}")
     else:
         yield prefix, data if isinstance(data, (int, float, str)) else str(data)
+
+
+def _hours(run: Run) -> float | None:
+    took = finite(run.summary.get("seconds"))
+    return None if took is None else took / 3600
 
 
 def _whole(x: float) -> int | None:

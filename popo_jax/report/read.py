@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 from etils import epath
 
+from popo_jax.health import finite
 from popo_jax.types import UserError
 
 SLICE = "slice/"
@@ -30,6 +31,8 @@ _TYPES: Mapping[str, pa.DataType] = {
     "ended": pa.bool_(),
 }
 """Of columns; others are text."""
+MOST_STEPS = 2**40
+"""A row of a larger step is none of a run's."""
 SAMPLES = (
     *("group_id", "row", "task", "prompt_id", "score", "correct", "reason", "advantage", "prompt_tokens", "response_tokens"),
     *("ended", "signal"),
@@ -90,6 +93,22 @@ class Run:
     def name(self) -> str:
         return self.path.resolve().name if "://" not in str(self.path) else self.path.name
 
+    @property
+    def task_configs(self) -> tuple[Mapping[str, Any], ...]:
+        """The sections of `tasks` that have a name."""
+        found = self.setting("tasks", ())
+        found = found if isinstance(found, (list, tuple)) else ()
+        return tuple(t for t in found if isinstance(t, Mapping) and isinstance(t.get("name"), str))
+
+    @property
+    def fingerprints(self) -> Mapping[str, Any]:
+        found = self.config.get("fingerprints")
+        return found if isinstance(found, Mapping) else {}
+
+    def number(self, key: str) -> float | None:
+        """A setting that is a number; None for anything else."""
+        return finite(self.setting(key))
+
     def setting(self, key: str, default: Any = None) -> Any:
         """Of the config, by its dotted name, e.g. "algorithm.name"."""
         at: Any = self.config
@@ -99,7 +118,7 @@ class Run:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return tuple(t.get("name", "?") for t in self.setting("tasks", ()) if isinstance(t, Mapping))
+        return tuple(t["name"] for t in self.task_configs)
 
     @property
     def slices(self) -> tuple[str, ...]:
@@ -126,13 +145,19 @@ def read(path: epath.PathLike) -> Run:
     samples = _files(path / "samples", SAMPLES, missing)
     replays = _files(path / "replays", REPLAYS, missing)
     evaluations = _files(path / "evaluations", EVALUATIONS, missing)
-    sessions = tuple(_lines(path / "sessions.jsonl", missing))
+    sessions = tuple(_session(row) for row in _lines(path / "sessions.jsonl", missing))
     _compare(metrics, samples, missing)
     return Run(path, config, metrics, samples, replays, evaluations, sessions, _summary(path, missing), tuple(missing))
 
 
 def _number(x: Any) -> float:
-    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else float("nan")
+    return float("nan") if (found := finite(x)) is None else found
+
+
+def _session(row: Mapping[str, Any]) -> dict[str, Any]:
+    """With parts of the kinds that they are written with; others are left out."""
+    kinds = {"devices": dict, "packages": dict, "command": list, "step": int}
+    return {k: v for k, v in row.items() if k not in kinds or isinstance(v, kinds[k])}
 
 
 def _config(path: epath.Path, missing: list[str]) -> Mapping[str, Any]:
@@ -141,7 +166,12 @@ def _config(path: epath.Path, missing: list[str]) -> Mapping[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as e:
         missing.append(f"config.yaml cannot be read ({type(e).__name__}): settings and provenance are not shown.")
         return {}
-    return found if isinstance(found, Mapping) else {}
+    if not isinstance(found, Mapping):
+        missing.append(
+            f"config.yaml must be settings by name, got {type(found).__name__}: settings and provenance are not shown."
+        )
+        return {}
+    return found
 
 
 def _summary(path: epath.Path, missing: list[str]) -> Mapping[str, Any]:
@@ -181,7 +211,7 @@ def _lines(path: epath.Path, missing: list[str]) -> list[dict[str, Any]]:
 def _rows(path: epath.Path, missing: list[str]) -> list[dict[str, Any]]:
     """By step; of a step that occurs twice the last."""
     rows = _lines(path, missing)
-    good = {r["step"]: r for r in rows if isinstance(r.get("step"), int) and not isinstance(r["step"], bool)}
+    good = {r["step"]: r for r in rows if finite(s := r.get("step")) is not None and isinstance(s, int) and 0 <= s < MOST_STEPS}
     if len(good) < len(rows):
         missing.append(f"{path.name}: {len(rows) - len(good)} rows without a step of their own are left out.")
     return [good[s] for s in sorted(good)]
@@ -252,9 +282,10 @@ def _compare(metrics: Metrics, samples: pa.Table, missing: list[str]) -> None:
         missing.append("metrics.jsonl holds no row: no step was finished.")
         return
     steps, written = set(metrics.step.tolist()) - {0}, set(samples["step"].unique().to_pylist())
-    holes = sorted(set(range(metrics.step.min(), metrics.step.max() + 1)) - set(metrics.step.tolist()))
-    if holes:
-        missing.append(f"metrics.jsonl lacks {len(holes)} steps, the first is {holes[0]}.")
+    lacking = int(metrics.step[-1] - metrics.step[0]) + 1 - len(metrics.step)
+    if lacking:
+        first = int(metrics.step[np.flatnonzero(np.diff(metrics.step) > 1)[0]]) + 1
+        missing.append(f"metrics.jsonl lacks {lacking} steps, the first is {first}.")
     if written and steps - written:
         missing.append(f"samples/ lacks {len(steps - written)} of {len(steps)} steps, the first is {min(steps - written)}.")
     if written - steps:

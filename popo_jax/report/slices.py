@@ -135,10 +135,14 @@ class Gain:
     """Exact sign test: problems that rose against problems that fell."""
     adjusted: float
     """Holm's, over all slices' values and the whole."""
+    up: int
+    down: int
+    """Problems that rose, and that fell."""
 
     @property
     def fell(self) -> bool:
-        return self.difference < 0 and self.adjusted < 0.05
+        """More problems fell than rose, by more than chance, and the mean fell, too."""
+        return self.difference < 0 and self.down > self.up and self.adjusted < 0.05
 
 
 def gains(run: Run) -> tuple[Gain, ...]:
@@ -160,12 +164,13 @@ def gains(run: Run) -> tuple[Gain, ...]:
         value[problem[known]] = s.evaluations[known]
         for k, v in enumerate(s.values):
             rows = value[both] == k
-            if rows.any():
+            if rows.any() and not rows.all():  # all of them: the whole once more
                 found.append(_gain(label(run, name), v, before[rows], after[rows]))
     return tuple(replace(g, adjusted=a) for g, a in zip(found, holm([g.p for g in found]), strict=True))
 
 
 def _gain(name: str, value: str, before: np.ndarray, after: np.ndarray) -> Gain:
     d = after - before
-    p = sign_test(int((d > 1e-9).sum()), int((d < -1e-9).sum()))
-    return Gain(name, value, len(d), float(before.mean()), float(after.mean()), *paired_interval(d), p, p)
+    up, down = int((d > 1e-9).sum()), int((d < -1e-9).sum())
+    p = sign_test(up, down)
+    return Gain(name, value, len(d), float(before.mean()), float(after.mean()), *paired_interval(d), p, p, up, down)

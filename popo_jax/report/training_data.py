@@ -31,7 +31,7 @@ def section(run: Run) -> Section:
     curve = (_weight(prompt, weight),) if weight.sum() else ()
     if not weight.sum():
         notes = (*notes, "No sampled response bore a gradient.")
-    mixes = tuple(_mix(label(run, s.name), s, used) for s in slices if s.trained)
+    mixes = tuple(_mix(run, label(run, s.name), s, used) for s in slices if s.trained)
     tables = (_prompts(run, prompt, n, weight, used), *_slices(run, slices, prompt, used), *_gains(run))
     return Section("data", "What was it trained on?", (*curve, *mixes), tables, notes)
 
@@ -104,7 +104,7 @@ def _shares(s: Sliced, amount: np.ndarray) -> np.ndarray:
     return total / total.sum() if total.sum() else np.full(len(total), np.nan)
 
 
-def _mix(name: str, s: Sliced, used: Uses) -> Figure:
+def _mix(run: Run, name: str, s: Sliced, used: Uses) -> Figure:
     amounts = {
         "sampled responses": np.ones(len(s.samples)),
         "gradient-bearing rows without replay": used.fresh,
@@ -113,7 +113,8 @@ def _mix(name: str, s: Sliced, used: Uses) -> Figure:
     if not used.replayed.any():
         del amounts["gradient-bearing rows with replay"]
     series = tuple(Series(k, s.values, _shares(s, v).tolist()) for k, v in amounts.items())
-    note = "Sampled responses are what uniform sampling gave; the rest is what the updates were made from."
+    how = "what MoPPS chose" if run.setting("selection.method") == "mopps" else "what uniform sampling gave"
+    note = f"Sampled responses are {how}; the rest is what the updates were made from."
     return Figure(f"data/mix-{name}", f"The mix by {name}", "bar", name, "share of rows", series, note=note, percent=True)
 
 

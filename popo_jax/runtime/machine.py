@@ -74,37 +74,51 @@ def _cpu() -> str:
 class Meter:
     """`take` answers what the energy counters of this host counted since it was last called."""
 
-    def __init__(self, counters: Mapping[str, Callable[[], float]] | None = None) -> None:
-        """counters: name -> joules so far; None: those found here. One that goes backwards has begun anew."""
-        self._counters = dict(counters_found() if counters is None else counters)
-        self._last = {name: read() for name, read in self._counters.items()}
+    def __init__(self, counters: Mapping[str, Callable[[], float]]) -> None:
+        """counters: name -> joules so far. What goes backwards has begun anew, and counts nothing."""
+        self._counters = dict(counters)
+        self._last = self._read()
 
     def take(self) -> dict[str, float]:
-        """`energy/joules`; nothing where no counter is readable."""
-        if not self._counters:
+        """`energy/joules`; nothing where no counter is readable, or one fails: then none is read again."""
+        now = self._read()
+        if not now:
             return {}
-        now = {name: read() for name, read in self._counters.items()}
         used = sum(max(now[name] - self._last[name], 0.0) for name in now)
         self._last = now
         return {"energy/joules": used}
 
+    def _read(self) -> dict[str, float]:
+        try:
+            return {name: read() for name, read in self._counters.items()}
+        except Exception:  # whatever a driver raises: training goes on without
+            self._counters = {}
+            return {}
 
-def counters_found(powercap: Path = POWERCAP) -> dict[str, Callable[[], float]]:
-    """CPU packages (Linux powercap, where it may be read) and NVIDIA GPUs (NVML, where nvidia-ml-py is installed)."""
+
+def counters_found(platform: str, devices: int, powercap: Path = POWERCAP) -> dict[str, Callable[[], float]]:
+    """Of jax's devices: on "gpu" those of NVML (nvidia-ml-py), if it counts as many; on "cpu" of the packages (Linux powercap).
+
+    What else runs on them is counted, too. Other platforms, and hosts with more GPUs than the run has, have none.
+    """
     found: dict[str, Callable[[], float]] = {}
+    if platform == "gpu":
+        with contextlib.suppress(Exception):  # no library, no driver, a GPU without a counter: NVML has an error for each
+            nvml = importlib.import_module("pynvml")
+            nvml.nvmlInit()
+            for i in range(nvml.nvmlDeviceGetCount()):
+                gpu = nvml.nvmlDeviceGetHandleByIndex(i)
+                nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+                found[f"gpu-{i}"] = lambda gpu=gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3  # type: ignore[misc]
+        return found if len(found) == devices else {}
+    if platform != "cpu":
+        return {}
     with contextlib.suppress(OSError):
         for file in sorted(powercap.glob("intel-rapl:[0-9]*/energy_uj")):
             if file.parent.name.count(":") == 1:  # a package; its parts are counted in it
                 with contextlib.suppress(OSError, ValueError):
                     _microjoules(file)
                     found[file.parent.name] = lambda file=file: _microjoules(file)  # type: ignore[misc]
-    with contextlib.suppress(Exception):  # no library, no driver, a GPU without a counter: NVML has an error for each
-        nvml = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-        for i in range(nvml.nvmlDeviceGetCount()):
-            gpu = nvml.nvmlDeviceGetHandleByIndex(i)
-            nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
-            found[f"gpu-{i}"] = lambda gpu=gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3  # type: ignore[misc]
     return found
 
 

@@ -121,6 +121,13 @@ class Loggers:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
+    def close(self) -> None:
+        """Write what is pending. Nothing is logged after it."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
 
 def _extra(package: str) -> Any:
     try:

@@ -106,3 +106,57 @@ def test_bad_input_is_one_sentence(args, says, capsys, tmp_path, monkeypatch):
     assert report(*args) == 2
     err = capsys.readouterr().err
     assert says in err and len(err.strip().splitlines()) == 1
+
+
+ODD = {
+    "a step of 10^9": {"metrics.jsonl": '{"step": 1}\n{"step": 1000000000}\n'},
+    "a step of 10^20": {"metrics.jsonl": '{"step": 1}\n{"step": 100000000000000000000}\n'},
+    "a number beyond any float": {"metrics.jsonl": '{"step": 1, "entropy": 1' + "0" * 400 + "}\n"},
+    "sessions of other kinds": {"sessions.jsonl": '{"devices": "x", "packages": [1], "command": 5, "step": "a"}\n[1]\n'},
+    "tasks of other kinds": {"config.yaml": "tasks: [a, {name: 5}, {name: null}]\nfingerprints: [1]\nalgorithm: {name: 5}\n"},
+    "tasks that are text": {"config.yaml": "tasks: math\nfingerprints: x\nreplay: {capacity: big}\neval: {problems: 0}\n"},
+    "settings that are a list": {"config.yaml": "[1, 2]\n"},
+    "settings that are numbers": {"config.yaml": "batch: 5\nreplay: 3\ntasks: 7\nsample: null\n"},
+}
+
+
+@pytest.mark.parametrize("state", ODD)
+def test_files_of_other_kinds_have_a_page_too(made, tmp_path, state):
+    run = tmp_path / "run"
+    shutil.copytree(made[0], run)
+    for name, text in ODD[state].items():
+        (run / name).write_text(text)
+    assert report(run, "--json", "--out", tmp_path / "r.json") == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert "could not be made" not in json.dumps(found)
+    assert report(run, "--card", "--out", tmp_path / "README.md") == 0
+    assert report(run, made[1], "--out", tmp_path / "r.html") == 0
+
+
+def test_a_part_that_fails_is_a_sentence_and_the_rest_is_there(made, tmp_path, monkeypatch):
+    from popo_jax.report import account
+
+    def fails(run):
+        raise ZeroDivisionError("of nothing")
+
+    monkeypatch.setitem(account.SECTIONS, "data", ("What was it trained on?", fails))
+    assert report(made[0], "--out", tmp_path / "r.html") == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "This part could not be made of the run" in page and "ZeroDivisionError" in page and "Accuracy on held-out" in page
+
+
+def test_a_page_says_what_it_looked_for_and_nothing_else(made, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(made[0], run)
+    report(run, "--json")
+    assert "slice-fell" in (all_ := json.loads(capsys.readouterr().out)["checked"]) and "reward-hacking" in all_
+    shutil.rmtree(run / "evaluations")
+    report(run, "--json")
+    names = json.loads(capsys.readouterr().out)["checked"]
+    assert (
+        not {"slice-fell", "slice-untrained", "got-worse", "reward-without-accuracy"} & set(names) and "reward-hacking" in names
+    )
+    shutil.rmtree(run / "samples")
+    report(run, "--card")
+    text = capsys.readouterr().out
+    assert "Looked for: dead verifier" in text and "reward hacking" not in text

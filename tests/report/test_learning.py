@@ -96,18 +96,18 @@ def test_without_evaluations_the_interval_is_of_the_configs_problems(run, tmp_pa
         ("correction/weight-max", "largest", "weight/max"),
         ("correction/weight-capped", "capped", "weight/capped"),
         ("correction/ess", "ESS", "weight/ess"),
-        ("correction/clip", "low, fresh", "clip/low_fresh"),
-        ("correction/clip", "high, fresh", "clip/high_fresh"),
-        ("correction/clip", "low, replayed", "clip/low_replayed"),
-        ("correction/clip", "high, replayed", "clip/high_replayed"),
-        ("correction/kl", "from the step's start, fresh", "kl/proximal"),
-        ("correction/kl", "from the behaviour policy, replayed", "kl/behaviour_replayed"),
+        ("correction/clip-fresh", "low", "clip/low_fresh"),
+        ("correction/clip-fresh", "high", "clip/high_fresh"),
+        ("correction/clip-replayed", "low", "clip/low_replayed"),
+        ("correction/clip-replayed", "high", "clip/high_replayed"),
+        ("correction/kl-proximal", "from the step's start", "kl/proximal"),
+        ("correction/kl-behaviour", "from the behaviour policy", "kl/behaviour_replayed"),
         ("correction/mismatch", "mean", "mismatch/mean"),
         ("correction/mismatch", "largest", "mismatch/max"),
         ("correction/grad-norm", "gradient", "grad_norm"),
         ("correction/update-norm", "update", "update_norm"),
-        ("correction/skipped", "nothing to train on", "update/skipped"),
-        ("correction/skipped", "not finite", "update/nonfinite"),
+        ("correction/skipped", "skipped", "update/skipped"),
+        ("correction/nonfinite", "not applied", "update/nonfinite"),
     ],
 )
 def test_a_metrics_curve_is_the_metrics(run, name, label, key):
@@ -124,21 +124,30 @@ def test_rolling_means(run):
 
 
 @pytest.mark.parametrize("algorithm", ["popo", "grpo"])
-def test_shares_of_slots_add_to_one(tmp_path, algorithm):
+def test_groups_are_those_sampled_and_slots_those_trained_on(tmp_path, algorithm):
     run = runs.write(tmp_path / "run", algorithm=algorithm, steps=20)
     section = learning.section(read(run))
-    series = {s.name: s for s in raw.figure(section, "learning/groups").series}
-    assert set(series) == {"effective", "all right", "all wrong", "invalid"} | ({"replayed"} if algorithm == "popo" else set())
+    for name in ("effective", "all right", "all wrong", "invalid"):
+        _, values = raw.having(run, f"groups/{name.replace(' ', '_')}")
+        assert list(raw.line(section, "learning/groups", name).y) == values
+    if algorithm == "grpo":
+        assert not [f for f in section.figures if f.id == "learning/slots"]
+        return
+    series = {s.name: s for s in raw.figure(section, "learning/slots").series}
     replays = {s: len(r) for s, r in raw.files(run, "replays").items()}
     for i, r in enumerate(raw.rows(run)[1:]):
         got = {k: s.y[i] for k, s in series.items()}
-        assert sum(got.values()) == pytest.approx(1)
-        assert got["effective"] == pytest.approx(r["groups/effective"]) and got.get("replayed", 0) == pytest.approx(
-            replays[i + 1] / 8
-        )
-        left = 1 - r["groups/effective"]
-        part = (1 - replays[i + 1] / 8 / left) if left else 0
-        assert got["all wrong"] == pytest.approx(r["groups/all_wrong"] * part)
+        assert got["replayed"] == pytest.approx(replays[i + 1] / 8) and got["unfilled"] == pytest.approx(r["replay/unfilled"] / 8)
+        assert got["own groups"] == pytest.approx(r["groups/effective"]) and sum(got.values()) == pytest.approx(1)
+
+
+def test_slots_of_stored_groups_alone_are_counted(tmp_path):
+    run = runs.write(tmp_path / "run", steps=5, more={"replay/filled": 8, "replay/unfilled": 2})
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["replay"]["extra"] = 8
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    figure = raw.figure(learning.section(read(run)), "learning/slots")
+    assert [s.y[0] for s in figure.series] == [6 / 16, 8 / 16, 2 / 16] and "8 slots are for stored groups alone" in figure.note
 
 
 def test_dynamic_sampling_is_estimated_from_the_share_of_groups(run):
@@ -148,7 +157,7 @@ def test_dynamic_sampling_is_estimated_from_the_share_of_groups(run):
     total = 0.0
     for i, r in enumerate(raw.rows(run)[1:]):
         share = r["groups/effective"]
-        total += 32 * (min(1 / share, 4) if share else 4)
+        total += 32 * (min(math.ceil(1 / share), 4) if share else 4)
         assert (ours.y[i], theirs.y[i]) == (r["rollouts_total"], pytest.approx(total))
     assert "estimated" in raw.figure(section, "learning/sampling-cost").title
 
@@ -176,6 +185,10 @@ def test_ages_and_uses_are_those_of_the_replays(run):
 
 def test_lines_of_health_come_with_advice(run):
     section = correction.section(read(run))
+    lines = {f.id: f.worry.at for f in section.figures if f.worry}
+    assert lines["correction/kl-proximal"] == 0.3 and lines["correction/kl-behaviour"] == 0.5
+    assert lines["correction/skipped"] == 0.9 and lines["correction/nonfinite"] == 0 and "correction/age-histogram" not in lines
+    assert all(f.worry or f.note for f in section.figures if "age-histogram" not in f.id), "a line, or why there is none"
     assert raw.figure(section, "correction/age").worry.at == 8 and "max_age" in raw.figure(section, "correction/age").worry.advice
     _, norms = raw.having(run, "grad_norm")
     assert raw.figure(section, "correction/grad-norm").worry.at == pytest.approx(10 * np.mean(norms[:5]))

@@ -62,11 +62,18 @@ def test_counters_are_those_that_can_be_read(tmp_path, monkeypatch):
         nvmlDeviceGetTotalEnergyConsumption=total,
     )
     monkeypatch.setitem(sys.modules, "pynvml", stub)
-    found = counters_found(tmp_path)
-    assert {k: f() for k, f in found.items()} == {"intel-rapl:0": 2.0, "gpu-0": 7.0}
+    found = counters_found("cpu", 2, tmp_path)
+    assert {k: f() for k, f in found.items()} == {"intel-rapl:0": 2.0}
     meter = Meter(found)
-    joules.value += 500
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("3000000")
-    assert meter.take()["energy/joules"] == pytest.approx(1.5)
+    assert meter.take()["energy/joules"] == pytest.approx(1.0)
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    assert meter.take() == {} and meter.take() == {}, "a counter that fails stops nothing"
+    assert counters_found("gpu", 2, tmp_path) == {}, "one of two GPUs has no counter"
+    stub.nvmlDeviceGetCount = lambda: 1
+    meter = Meter(counters_found("gpu", 1, tmp_path))
+    joules.value += 500
+    assert meter.take()["energy/joules"] == pytest.approx(0.5)
+    assert counters_found("gpu", 4, tmp_path) == {} and counters_found("tpu", 1, tmp_path) == {}
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert list(counters_found(tmp_path)) == ["intel-rapl:0"]
+    assert counters_found("gpu", 1, tmp_path) == {}

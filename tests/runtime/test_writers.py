@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import json
+import struct
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -76,11 +78,59 @@ def test_a_missing_logger_names_its_extra(tmp_path, monkeypatch):
         Loggers(("tensorboard",), tmp_path, {})
 
 
-def test_tensorboard_gets_the_finite_numbers(tmp_path):
-    board = pytest.importorskip("tensorboardX")
-    seen = []
+def test_tensorboard_holds_the_finite_numbers(tmp_path):
+    """Read from its own file: records of a length, its check, an event, the event's check."""
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto import event_pb2
+
     log = Loggers(("tensorboard",), tmp_path, {})
-    assert isinstance(log._board, board.SummaryWriter)
-    log._board.add_scalar = lambda *a: seen.append(a)
-    log.log(3, {"a": 1.0, "b": float("nan"), "c": None})
-    assert seen == [("a", 1.0, 3)]
+    log.log(3, {"a": 1.5, "b": float("nan"), "c": None, "n": 2})
+    log.log(4, {"a": 2.5})
+    log.close()
+    (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    data, at, seen = file.read_bytes(), 0, []
+    while at < len(data):
+        (size,) = struct.unpack_from("<Q", data, at)
+        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+        seen += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+        at += 16 + size
+    assert sorted(seen) == [("a", 3, 1.5), ("a", 4, 2.5), ("n", 3, 2.0)]
+
+
+def leveldb_log(data: bytes, at: int) -> Iterator[bytes]:
+    """Records of a log in LevelDB's format that begins `at` bytes into a file: blocks of 32 KiB, chunks of checksum, length and
+    kind (1 whole, 2 first, 3 middle, 4 last)."""
+    i, parts = 0, b""
+    while i + 7 <= len(data):
+        if (left := 32768 - (at + i) % 32768) < 7:
+            i += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, i)
+        parts += data[i + 7 : i + 7 + size]
+        i += 7 + size
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+def test_wandb_holds_the_finite_numbers_and_the_config(tmp_path, monkeypatch):
+    """Offline: read from its own file, with nothing sent."""
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = Loggers(("wandb",), tmp_path, {"seed": 7, "optim": {"learning_rate": 0.5}})
+    log.log(3, {"a": 1.5, "b": float("nan"), "c": None})
+    log.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    rows, config = [], {}
+    for data in leveldb_log(file.read_bytes()[7:], 7):
+        record = wandb_internal_pb2.Record.FromString(data)
+        if record.WhichOneof("record_type") == "history":
+            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+        if record.WhichOneof("record_type") == "run":
+            config |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
+    (row,) = rows
+    assert row["a"] == 1.5 and row["_step"] == 3 and not {"b", "c"} & set(row)
+    assert config["seed"] == 7 and config["optim"] == {"learning_rate": 0.5}
