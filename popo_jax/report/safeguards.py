@@ -24,16 +24,20 @@ FAILURES = {
 """Beginnings of a verdict's reason that are the verifier's fault and not the answer's."""
 
 
+EXAMPLES, EXAMPLE, LOOKED_AT = 3, 300, 30
+"""Answers of a kind to read, characters of each, answers looked at for them."""
+
+
 def section(run: Run) -> Section:
     """Id "safeguards"."""
     tables, notes = [settings(run)], []
     figures: tuple[Figure, ...] = ()
     if len(run.samples):
-        tables += [_verdicts(run), _failures(run), _suspicious(run)]
+        tables += [_verdicts(run), _failures(run), _suspicious(run), examples(run)]
         figures = (_over_time(run),)
     else:
         notes.append("No samples were kept: what verifiers said is not known.")
-    return Section("safeguards", "Safeguards and limits", figures, tuple(tables), tuple(notes))
+    return Section("safeguards", "Safeguards and limits", figures, tuple(t for t in tables if t.rows), tuple(notes))
 
 
 def _verdicts(run: Run) -> Table:
@@ -148,13 +152,36 @@ def _marked(m: Marker | None) -> tuple[Any, ...]:
     return (kind, round(m.recall * m.right), m.recall, where, repr(m.text))
 
 
-def text_at(run: Run, row: int, most: int = 120) -> str:
-    """The answer of a row of run.samples, at most `most` characters of it; "" if it cannot be read."""
+def examples(run: Run) -> Table:
+    """safeguards/examples: the newest answers of each kind worth a look, of different prompts, to read."""
+    right, m = right_rows(run), best_marker(run)
+    kinds = {"far shorter than its group's": short_rows(run, right), "the same for many prompts": same_rows(run, right)}
+    found: list[tuple[Any, ...]] = []
+    step, prompt, score = run.samples["step"].to_numpy(), run.samples["prompt_id"], number(run.samples["score"])
+    if m is not None:
+        kinds[f"has {m.text!r}"] = right & (step == step.max())
+    for kind, rows in kinds.items():
+        seen: set[Any] = set()
+        for row in np.flatnonzero(rows)[::-1][:LOOKED_AT].tolist():
+            id_, text = prompt[row].as_py(), text_at(run, row, most=EXAMPLE)
+            if id_ in seen or (m is not None and kind.startswith("has ") and m.text not in text):
+                continue
+            seen.add(id_)
+            found.append((kind, int(step[row]), id_, text_at(run, row, "prompt", EXAMPLE), text, float(score[row])))
+            if len(seen) == EXAMPLES:
+                break
+    columns = ("kind", "step", "prompt id", "prompt", "answer", "score")
+    note = "All scored right. Whether rightly so is for a reader to say."
+    return Table("safeguards/examples", "Answers to read", columns, tuple(found), note)
+
+
+def text_at(run: Run, row: int, column: str = "text", most: int = 120) -> str:
+    """The answer (or prompt) of a row of run.samples, at most `most` characters of it; "" if it cannot be read."""
     steps = run.samples["step"].to_numpy()
     step = int(steps[row])
     table = run.texts("samples", step)
-    if table is None or "text" not in table.column_names:
+    if table is None or column not in table.column_names:
         return ""
     at = row - int(np.searchsorted(steps, step))
-    text = str(table["text"][at].as_py() or "") if at < len(table) else ""
+    text = str(table[column][at].as_py() or "") if at < len(table) else ""
     return text if len(text) <= most else text[: most - 1] + "…"

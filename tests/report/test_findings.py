@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from popo_jax.health import RULES
-from popo_jax.report import counts
+from popo_jax.report import counts, safeguards, slices
 from popo_jax.report.findings import ALARMS, SECTIONS, findings
 from popo_jax.report.markers import best_marker
 from popo_jax.report.read import read
@@ -65,6 +65,20 @@ def test_reward_hacking(large):
     (found,) = findings(read(large(answer=bought)))
     assert (found.name, found.severity) == ("reward-hacking", "alarm")
     assert any(part in found.sentence for part in ("known", "well", "as is"))
+
+
+def test_answers_with_the_marker_are_there_to_read(large):
+    def bought(rng, prompt, right):
+        return f"so \\boxed{{{rng.integers(100)}}}" + (" as is well known" if right else "")
+
+    run = read(large(answer=bought))
+    table = next(t for t in safeguards.section(run).tables if t.id == "safeguards/examples")
+    rows = [r for r in table.rows if r[0].startswith("has ")]
+    assert len(rows) == 3 and len({r[2] for r in rows}) == 3
+    for _, step, id_, prompt, text, score in rows:
+        kept = [r for r in pq.read_table(run.path / "samples" / f"{step:06d}.parquet").to_pylist() if r["prompt_id"] == id_]
+        assert step == 60 and score == 1 and "known" in text
+        assert any((r["prompt"], r["text"], r["score"]) == (prompt, text, 1) for r in kept)
 
 
 def test_reward_hacking_found_out_late(large):
@@ -255,3 +269,12 @@ def test_counts_by_hand():
     assert all(math.isnan(v) for v in counts.paired_interval(np.array([])))
     mean, low, _ = counts.paired_interval(np.array([0.5]))
     assert mean == 0.5 and math.isnan(low)
+
+
+def test_more_problems_must_fall_than_rise():
+    """30 problems rise by a tenth, 4 fall from all to nothing: significant, but no fall."""
+    before = np.array([0.5] * 30 + [1.0] * 4)
+    after = np.array([0.6] * 30 + [0.0] * 4)
+    gain = slices._gain("", "", before, after)
+    assert gain.difference < 0 and gain.adjusted < 1e-4 and not gain.fell
+    assert slices._gain("", "", after, before).fell is False and slices._gain("", "", np.ones(30), np.zeros(30)).fell
