@@ -16,6 +16,8 @@ OTHER = ("seed", "run_dir", "fingerprints", "checkpoint", "loggers", "batch.micr
 """Settings in which runs of one line may differ."""
 MOST_KEYS = 3
 """Differing settings that a line's name tells."""
+MOST_BESIDE = 8
+"""Settings that differ with the algorithm which the note names."""
 CURVES = (
     ("accuracy", "eval/accuracy", "Accuracy on held-out problems", "accuracy", True),
     ("reward", "reward/mean", "Reward in training", "mean of the batch", False),
@@ -31,7 +33,7 @@ def section(runs: Sequence[Run]) -> Section:
     seeds = sorted({len(group) for group in lines.values()})
     notes = [f"Bands: least to most over the seeds where there are under {FEW}, else the mean -+ 1.96 standard errors."]
     notes += ["A line of one run has no band: nothing is known of other seeds."] if 1 in seeds else []
-    return Section("compare", "The runs side by side", figures, (table(lines),), (*notes, *_cautions(lines)))
+    return Section("compare", "The runs side by side", figures, (table(lines),), (*notes, *_beside(runs), *_cautions(lines)))
 
 
 def _cautions(lines: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -53,16 +55,57 @@ def _cautions(lines: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def named(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by what they differ in: the algorithm, and other settings with their values if these differ too."""
+    """Runs by what they differ in: the algorithm, and other settings with their values if these differ too.
+
+    Runs of one line are equal in all settings that count, those that its name has no room for too.
+    """
     settings = [_settings(r) for r in runs]
-    differ = sorted(k for k in {k for s in settings for k in s} if len({str(s.get(k)) for s in settings}) > 1)
-    differ = _telling([k for k in differ if k != "algorithm.name"], settings)
-    out: dict[str, list[Run]] = {}
+    differ = _telling(_differing(settings), settings)
+    shown = _apart(differ, settings)
+    lines: dict[tuple[str, ...], list[Run]] = {}
+    names: dict[tuple[str, ...], str] = {}
     for run, own in zip(runs, settings, strict=True):
-        parts = [f"{k} {own.get(k)}" for k in differ[:MOST_KEYS]]
-        parts += [f"{len(differ) - MOST_KEYS} more"] if len(differ) > MOST_KEYS else []
-        out.setdefault(", ".join([str(own.get("algorithm.name", "?")), *parts]), []).append(run)
-    return out
+        line = tuple(str(own.get(k)) for k in ("algorithm.name", *differ))
+        parts = [f"{k} {own.get(k)}" for k in shown]
+        parts += [f"{len(differ) - len(shown)} more"] if len(differ) > len(shown) else []
+        name = ", ".join([str(own.get("algorithm.name", "?")), *parts])
+        if line not in names:
+            same = sum(n == name or n.startswith(f"{name} (") for n in names.values())
+            names[line] = f"{name} ({same + 1})" if same else name
+        lines.setdefault(line, []).append(run)
+    return {names[line]: group for line, group in lines.items()}
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Besides the algorithm, by name."""
+    keys = {k for s in settings for k in s} - {"algorithm.name"}
+    return sorted(k for k in keys if len({str(s.get(k)) for s in settings}) > 1)
+
+
+def _apart(keys: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """At most MOST_KEYS of them, each the one that tells most runs apart that those before it do not."""
+    found: list[str] = []
+
+    def told(key: str) -> int:
+        return len({tuple(str(s.get(k)) for k in ("algorithm.name", *found, key)) for s in settings})
+
+    for _ in range(min(MOST_KEYS, len(keys))):
+        found.append(max((k for k in keys if k not in found), key=told))
+    return sorted(found)
+
+
+def _beside(runs: Sequence[Run]) -> list[str]:
+    """A sentence on settings that differ between algorithms alone, which a line's name leaves out."""
+    settings = [_settings(r) for r in runs]
+    differ = _differing(settings)
+    told = _telling(differ, settings)
+    keys = [k for k in differ if k not in told]
+    if not keys:
+        return []
+    of = {str(s.get("algorithm.name", "?")): s for s in settings}
+    parts = [f"{k} (" + ", ".join(f"{name}: {s.get(k)}" for name, s in of.items()) + ")" for k in keys[:MOST_BESIDE]]
+    parts += [f"{len(keys) - MOST_BESIDE} more"] if len(keys) > MOST_BESIDE else []
+    return [f"With their algorithm the lines differ in {'; '.join(parts)}: by its preset, or by what was set."]
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -82,3 +82,38 @@ def test_what_a_preset_decides_is_told_by_its_name(made):
     runs_ = [read(made["popo", 0]), read(made["grpo", 0])]
     runs_[1].config["replay"]["max_age"] = None  # type: ignore[index]
     assert list(compare.named(runs_)) == ["popo", "grpo"]
+
+
+def configured(run, path, changes):
+    path.mkdir()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value in changes.items():
+        section, leaf = key.split(".")
+        config[section][leaf] = value
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    (path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    return read(path)
+
+
+def test_runs_of_other_settings_are_never_seeds_of_one_line(made, tmp_path):
+    base = read(made["popo", 0])
+    three = {"batch.mini_batches": 2, "eval.every": 5, "loss.clip_low": 0.1}
+    other, faster = (
+        configured(made["popo", 1], tmp_path / n, c) for n, c in (("other", three), ("faster", {"optim.learning_rate": 1.0}))
+    )
+    lines = compare.named([base, other, faster])
+    assert [len(g) for g in lines.values()] == [1, 1, 1] and all("optim.learning_rate" in name for name in lines)
+    assert all(name.endswith("1 more") for name in lines)
+    keys = ("batch.mini_batches", "eval.every", "loss.clip_low", "optim.learning_rate", "weight.cap", "replay.max_uses")
+    each = [configured(made["popo", 0], tmp_path / f"each{i}", {k: 3}) for i, k in enumerate(keys)]
+    lines = compare.named([base, *each, base])
+    assert sorted(len(g) for g in lines.values()) == [1] * 6 + [2] and len(lines) == 7
+    assert sum("(" in name for name in lines) == 3, "names have no room for all that differs, and are told apart all the same"
+
+
+def test_settings_that_differ_with_the_algorithm_are_noted(made, tmp_path):
+    base, other = read(made["popo", 0]), configured(made["grpo", 0], tmp_path / "other", {"optim.learning_rate": 1.0})
+    section = compare.section([base, other])
+    assert [s.name for s in section.figures[0].series] == ["popo", "grpo"]
+    assert any("optim.learning_rate (popo: 0.0001, grpo: 1.0)" in n for n in section.notes)
+    assert not any("differ in" in n for n in compare.section([base, read(made["grpo", 0])]).notes)
