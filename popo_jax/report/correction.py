@@ -55,36 +55,42 @@ NOTES = {
     "update-norm": "No line: it follows optim.learning_rate. A jump without one of the gradient's norm is worth a look.",
     "mismatch": "Between the sampler's log-probs and those of the first training on the same tokens.",
 }
+BINS = 60
+"""Of the histogram of ages, at most."""
 PERCENT = ("weight-capped", "ess", "clip-fresh", "clip-replayed")
 
 
 def section(run: Run) -> Section:
-    shown = []
-    if run.replays.num_rows:
+    shown, notes = [], []
+    if run.replays.num_rows or run.metrics.has("replay/age_mean"):
         shown += [_figure(run, name, *REPLAY[name]) for name in REPLAY] + [age_histogram(run), uses(run)]
+        notes += [] if run.replays.num_rows else ["replays/ has no rows: ages and uses of single groups are not known."]
+    else:
+        notes += ["No group was replayed: there is no weight to look at."]
     shown += [_figure(run, name, *EVERY[name]) for name in EVERY]
-    notes = () if run.replays.num_rows else ("No group was replayed: there is no weight to look at.",)
     figures = tuple(f for f in shown if f.series)
-    return Section("correction", "Is the off-policy correction healthy?", figures, notes=notes)
+    return Section("correction", "Is the off-policy correction healthy?", figures, notes=tuple(notes))
 
 
 def _figure(run: Run, name: str, title: str, y: str, keys: dict[str, str], log: bool) -> Figure:
     found = present(*(series(run, key, label) for key, label in keys.items()))
-    line = next((w for key in keys if (w := worry(run, key)) is not None), None)
-    how = {"note": NOTES.get(name, ""), "percent": name in PERCENT, "log": log}
-    return Figure(f"correction/{name}", title, "line", "step", y, found, line, **how)  # type: ignore[arg-type]
+    there = {s.name for s in found}
+    lines = {label: w for key, label in keys.items() if label in there and (w := worry(run, key)) is not None}
+    whose, line = next(iter(lines.items()), ("", None))
+    note = NOTES.get(name, "") + (f" The line is for '{whose}'." if line and len(found) > 1 else "")
+    return Figure(f"correction/{name}", title, "line", "step", y, found, line, note.strip(), name in PERCENT, log)
 
 
 def age_histogram(run: Run) -> Figure:
-    """correction/age-histogram: all replays by age."""
+    """correction/age-histogram: all replays by age, in at most BINS bins of whole ages, empty ones too."""
     age = run.replays["age"].drop_null().to_numpy()
-    values, count = np.unique(age, return_counts=True)
-    if len(values) > 60:
-        count, edges = np.histogram(age, bins=40)
-        values = edges[:-1]
-    found = (Series("replays", values.tolist(), count.tolist()),) if len(age) else ()
-    title = "How old replayed groups were"
-    return Figure("correction/age-histogram", title, "histogram", "age in updates", "replays", found)
+    title, found = "How old replayed groups were", list[Series]()
+    if len(age):
+        least, width = int(age.min()), -(-(int(age.max()) - int(age.min()) + 1) // BINS)
+        count = np.bincount((age - least) // width)
+        edges = least + width * np.arange(len(count))
+        found += [Series("replays", edges.tolist(), count.tolist())]
+    return Figure("correction/age-histogram", title, "histogram", "age in updates", "replays", tuple(found))
 
 
 def uses(run: Run) -> Figure:

@@ -105,9 +105,14 @@ def smoothed(run: Run, key: str, name: str) -> Series | None:
 
 
 def worry(run: Run, key: str) -> Worry | None:
-    """The line of health of a metric; a relative one from the run's first rows. None where there is none."""
+    """The line of health of a metric; a relative one from the run's first rows.
+
+    None where there is none, or where on average the rule is silent: ages do not matter without weights.
+    """
     rule = BY_KEY.get(key)
     if rule is None:
+        return None
+    if rule.unless and run.metrics.has(rule.unless[0]) and np.nanmean(run.metrics[rule.unless[0]]) >= rule.unless[1]:
         return None
     limit = rule.limit
     if rule.relative:
