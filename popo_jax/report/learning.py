@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from popo_jax.report import curves
 from popo_jax.report.curves import mean_interval, places, present, series, smoothed, wilson, worry
 from popo_jax.report.frame import Figure, Section, Series, Table
 from popo_jax.report.read import Run
+from popo_jax.report.slices import evaluated_steps, solved
 
 MAX_ROUNDS = 4
 """Of dynamic sampling in one step, where the config does not say."""
@@ -37,22 +40,25 @@ def accuracy(run: Run) -> Figure:
     found = present(_scores(run, "eval/accuracy", "held out", by_problem(run)))
     tasks = sorted({k.split("/")[1] for k in run.metrics.names if k.startswith("eval/") and k.count("/") == 2} - {"blind"})
     if len(tasks) > 1:
-        found += present(*(_scores(run, f"eval/{t}/accuracy", t, by_problem(run, t)) for t in tasks))
+        found += present(*(_scores(run, f"eval/{t}/accuracy", t, by_problem(run, t), len(tasks)) for t in tasks))
     found += present(_scores(run, "eval/blind/accuracy", "held out, pictures in grey", {}))
     n = run.setting("eval.problems")
-    how = "by problem, from evaluations/" if run.evaluations.num_rows else f"Wilson's, of {n} problems as the config says"
+    shared = ", tasks in equal shares" if len(tasks) > 1 else ""
+    how = "by problem, from evaluations/" if run.evaluations.num_rows else f"Wilson's, of {n} problems as the config says{shared}"
     note = f"Bands are 95 % intervals ({how}): they say how sure each point is, not how runs with other seeds differ."
     return Figure(
         "learning/accuracy", "Accuracy on held-out problems", "line", "step", "accuracy", found, note=note, percent=True
     )
 
 
-def _scores(run: Run, key: str, name: str, problems: dict[int, np.ndarray]) -> Series | None:
+def _scores(run: Run, key: str, name: str, problems: dict[int, np.ndarray], among: int = 1) -> Series | None:
+    """Of a task that is one `among` several, which share eval.problems equally."""
     raw = series(run, key, name)
     if raw is None:
         return None
     n = run.setting("eval.problems")
-    ends = [(np.nan, np.nan) if not isinstance(n, int) else tuple(map(float, wilson(np.array(y), n))) for y in raw.y]
+    known = isinstance(n, int) and n > 0
+    ends = [tuple(map(float, wilson(np.array(y), n / among))) if known else (np.nan, np.nan) for y in raw.y]
     for i, s in enumerate(raw.x):
         if s in problems and len(problems[s]):
             ends[i] = mean_interval(problems[s])[1:]
@@ -117,7 +123,9 @@ def sampling_cost(run: Run) -> Figure | None:
     most = run.number("algorithm.max_rounds") or MAX_ROUNDS
     each = np.diff(np.concatenate([[0.0], total]))
     rounds = np.minimum(np.ceil(1 / np.maximum(effective, 1e-9) - 1e-9), most)
-    found = (Series("this run", x, total.tolist()), Series("dynamic sampling, estimated", x, np.cumsum(each * rounds).tolist()))
+    over = places(m, rows)
+    curves_of = {"this run": total, "dynamic sampling, estimated": np.cumsum(each * rounds)}
+    found = tuple(Series(name, x, y.tolist(), other_x=over) for name, y in curves_of.items())
     note = f"An estimate: whole rounds until the share of effective groups fills the batch, at most {most:.0f}. A policy trained "
     note += "that way would have been another, with other shares."
     title = "Responses generated, and what dynamic sampling would have (estimated)"
@@ -125,23 +133,35 @@ def sampling_cost(run: Run) -> Figure | None:
 
 
 def _summary(run: Run) -> Table | None:
-    known = np.isfinite(run.metrics["eval/accuracy"])
-    if not known.any():
+    """learning/summary."""
+    if not len(run.metrics.rows):
         return None
-    score, step, found = run.metrics["eval/accuracy"][known], run.metrics.step[known], by_problem(run)
-    last = [int(s) for s in step[-2:]]
-    low = high = np.nan
-    if all(s in found for s in last) and len({len(found[s]) for s in last}) == 1:
-        _, low, high = mean_interval(np.mean([found[s] for s in last], axis=0))
     rows = [
-        ("held-out accuracy at first", float(score[0]), f"step {int(step[0])}"),
-        ("mean of the last two evaluations", float(score[-2:].mean()), f"95 % interval {low:.3f} to {high:.3f}"),
-        ("best evaluation", float(score.max()), f"step {int(step[score.argmax()])}"),
+        *_evaluated(run),
         ("steps", int(run.metrics.step.max()), ""),
         ("responses", int(np.nan_to_num(run.metrics.last("rollouts_total"))), ""),
         ("tokens", int(np.nan_to_num(run.metrics.last("tokens_generated_total"))), ""),
         ("hours", float(curves.hours(run.metrics)[-1]), "wall clock"),
     ]
-    rows[1] = rows[1] if np.isfinite(low) else (rows[1][0], rows[1][1], "")
-    note = "The best of several evaluations is better than it would be if asked again."
+    note = "The best of several evaluations is better than it would be if asked again." if len(rows) > 4 else ""
     return Table("learning/summary", "In short", ("what", "value", "where"), tuple(rows), note)
+
+
+def _evaluated(run: Run) -> list[tuple[str, Any, str]]:
+    """Rows of the summary, none without an evaluation. The interval is over problems, each with its answers in both."""
+    known = np.isfinite(run.metrics["eval/accuracy"])
+    if not known.any():
+        return []
+    score, step = run.metrics["eval/accuracy"][known], run.metrics.step[known]
+    n, low, high, how = run.setting("eval.problems"), np.nan, np.nan, ""
+    if np.isin(step[-2:], evaluated_steps(run)).all():
+        _, low, high = mean_interval(solved(run, step[-2:]).correct)
+    elif isinstance(n, int) and n > 0:
+        low, high = map(float, wilson(score[-2:].mean(), n))
+        how = f" (Wilson's, of {n} problems as the config says)"
+    where = f"95 % interval {low:.3f} to {high:.3f}{how}" if np.isfinite(low) else ""
+    return [
+        ("held-out accuracy at first", float(score[0]), f"step {int(step[0])}"),
+        ("mean of the last two evaluations", float(score[-2:].mean()), where),
+        ("best evaluation", float(score.max()), f"step {int(step[score.argmax()])}"),
+    ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -80,6 +82,9 @@ def test_without_evaluations_the_interval_is_of_the_configs_problems(run, tmp_pa
     assert (
         found.low[0] == pytest.approx(float(low)) and "Wilson's, of 60 problems" in raw.figure(section, "learning/accuracy").note
     )
+    low, high = curves.wilson(np.array(np.mean(raw.having(run, "eval/accuracy")[1][-2:])), 60)
+    expected = f"95 % interval {low:.3f} to {high:.3f} (Wilson's, of 60 problems as the config says)"
+    assert section.tables[0].rows[1][2] == expected
 
 
 @pytest.mark.parametrize(
@@ -204,3 +209,58 @@ def test_a_run_without_replay_or_anything_has_sentences(tmp_path):
     section = learning.section(read(tmp_path / "empty"))
     assert not section.figures and not section.tables and "No evaluation" in section.notes[0]
     assert not correction.section(read(tmp_path / "empty")).figures
+
+
+def test_tasks_share_the_problems_of_the_config(run, tmp_path):
+    """60 problems of two tasks: 30 each."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "evaluations")
+    row = {"step": 0, "eval/accuracy": 0.4, "eval/logic/accuracy": 0.2, "eval/math/accuracy": 0.6, "eval/blind/accuracy": 0.1}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    section = learning.section(read(tmp_path / "run"))
+    expected = {"held out": (0.4, 60), "logic": (0.2, 30), "math": (0.6, 30), "held out, pictures in grey": (0.1, 60)}
+    for name, (share, n) in expected.items():
+        found, ends = raw.line(section, "learning/accuracy", name), curves.wilson(np.array(share), n)
+        assert (found.y[0], found.low[0], found.high[0]) == (share, *map(pytest.approx, map(float, ends)))
+    assert len(raw.figure(section, "learning/accuracy").series) == 4
+
+
+def test_the_summarys_interval_is_over_problems_in_whatever_order_they_stand(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "evaluations" / "000040.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), file)
+    solved = Counter()
+    for step in (30, 40):
+        solved.update({r["prompt_id"]: r["correct"] / 2 for r in raw.files(run, "evaluations")[step]})
+    _, low, high = curves.mean_interval(np.array(list(solved.values())))
+    for path in (run, tmp_path / "run"):
+        (table,) = learning.section(read(path)).tables
+        assert table.rows[1][2] == f"95 % interval {low:.3f} to {high:.3f}"
+
+
+def test_in_short_without_an_evaluation(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    rows = [{k: v for k, v in r.items() if not k.startswith("eval/")} for r in raw.rows(run)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    section = learning.section(read(tmp_path / "run"))
+    assert [r[:2] for r in section.tables[0].rows[:2]] == [("steps", 40), ("responses", 40 * 32)] and len(
+        section.tables[0].rows
+    ) == 4
+    assert "No evaluation is recorded" in section.notes[0]
+
+
+def test_sampling_cost_stands_over_what_the_run_generated(run):
+    figure = raw.figure(learning.section(read(run)), "learning/sampling-cost")
+    tokens = [r["tokens_generated_total"] for r in raw.rows(run)[1:]]
+    assert [list(s.other_x["tokens"]) for s in figure.series] == [tokens, tokens]
+
+
+def test_nothing_finite(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    rows = [{k: v if k == "step" else float("nan") for k, v in r.items()} for r in raw.rows(run)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    section = learning.section(read(tmp_path / "run"))
+    assert section.figures == () and "No evaluation is recorded" in section.notes[0]
+    one = learning.section(read(runs.write(tmp_path / "one", steps=1)))
+    assert raw.line(one, "learning/groups", "effective").x == [1] and one.tables[0].rows[0][2] == "step 0"
