@@ -124,6 +124,7 @@ def _image(place: str, given: object, folder: epath.Path) -> dict[str, Any]:
     files.need(isinstance(path, str) and bool(path), place, "the path of an image file, or its bytes", given)
     files.need(not _SCHEME.match(str(path)), place, "the path of an image file, and no address", path)
     file = folder / str(path)  # an absolute path stays as it is
+    files.need(not _SCHEME.match(str(file)), place, "an image file on this machine, or its bytes", str(file))  # beside a bucket's
     try:
         return {"path": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     except OSError as e:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from etils.epath.testing import mock_epath
 from PIL import Image
 
 from popo_jax import problems
@@ -122,6 +123,17 @@ def test_bad_rows_are_told_with_their_place(bad: dict[str, Any], message: str, t
     with pytest.raises(UserError, match=re.escape(message.replace("found 'problem', 'answer', 'images'", "found"))) as e:
         geometry.load(task(tmp_path, [row(0), row(1, **bad)]))
     assert str(tmp_path / "train.jsonl") in str(e.value)
+
+
+def test_pictures_beside_a_file_in_a_bucket_are_told_with_their_row() -> None:
+    """They are there, but pictures are opened as files of this machine, as the first row's can be."""
+    lines = "".join(json.dumps(r) + "\n" for r in (row(0, images=["/here/0.png"]), row(1))).encode()
+    there = {"gs://b/train.jsonl": lines, "gs://b/images/1.png": png(1), "/here/0.png": png(0)}
+    c = TaskConfig("geometry", train_file="gs://b/train.jsonl", geometry=GeometryConfig(eval_problems=1))
+    with mock_epath(open=lambda _, path, mode: io.BytesIO(there[str(path)])), pytest.raises(UserError) as e:
+        geometry.load(c)
+    told = "gs://b/train.jsonl, line 2: images must be an image file on this machine, or its bytes, got 'gs://b/images/1.png'"
+    assert str(e.value) == told
 
 
 def test_missing_columns_are_told(tmp_path: Path) -> None:
