@@ -272,3 +272,21 @@ def test_the_mean_of_several_answers(tmp_path):
 def _set(path, key, value):
     config = yaml.safe_load((path / "config.yaml").read_text())
     (path / "config.yaml").write_text(yaml.safe_dump(config | {key: value}))
+
+
+def test_a_group_replayed_in_several_steps_counts_each_time(tmp_path):
+    path = write(tmp_path / "r", steps=6, algorithm="grpo")
+    first = pq.read_table(path / "samples" / "000001.parquet").to_pylist()
+    id_ = next(r["group_id"] for r in first if r["signal"] == "effective")
+    for step in (3, 4, 6):
+        table = {
+            "slot": pa.array([0], pa.int64()),
+            "group_id": pa.array([id_], pa.int64()),
+            "age": pa.array([step - 1], pa.int64()),
+        }
+        pq.write_table(pa.table(table), path / "replays" / f"{step:06d}.parquet")
+    run = read(path)
+    used = uses(run).replayed
+    mine = [i for i, (s, g) in enumerate(zip(run.samples["step"].to_pylist(), run.samples["group_id"].to_pylist(), strict=True))
+            if (s, g) == (1, id_)]  # fmt: skip
+    assert [used[i] for i in mine] == [3] * 4 and used.sum() == 12
